@@ -1,0 +1,368 @@
+"""Distributes the weights of any ``nn.Module``: hooks that can be taken off again, nothing else."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from distorch.allocation import Allocation
+from distorch.errors import AllocationError, ModelError
+from distorch.integrations.bracket import Bracket, Place, mark_steps
+from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe
+from distorch.integrations.resting import RestingWeight, Run, as_weight
+from distorch.machine import Machine
+from distorch.plan.blocks import cut
+from distorch.plan.plan import Plan
+from distorch.plan.planner import make_plan
+from distorch.run.executor import Executor, Stats
+from distorch.tiers import Source, Store
+from distorch.tiers.disk import DiskTier
+from distorch.tiers.host import HostTier, view_bytes
+from distorch.tiers.sources import MemorySource
+
+__all__ = ["Handle", "Request", "distribute", "handle_of"]
+
+_ATTRIBUTE = "_distorch_handle"
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes placed so far and the bytes of the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a user asks for: a line, or the normal mode's numbers; and a bound on the ring."""
+
+    allocation: str | Allocation | None = None
+    virtual_vram_gb: float | None = None
+    donor: str | Sequence[str] | None = None
+    compute: str | None = None
+    ring: str | int | None = None
+
+    def line(self, model_bytes: int, machine: Machine) -> Allocation:
+        """Return the allocation that this asks for, on this machine.
+
+        Raises:
+            AllocationError: both forms were used, or neither reads.
+        """
+        if self.virtual_vram_gb is not None:
+            if self.allocation is not None:
+                raise AllocationError(
+                    "an allocation line and virtual_vram_gb were both given",
+                    hint=f"one of them: virtual_vram_gb={self.virtual_vram_gb:g}",
+                )
+            return Allocation.virtual(
+                self.virtual_vram_gb, self.donor, self.compute, model_bytes, machine
+            )
+        if isinstance(self.allocation, Allocation):
+            return self.allocation
+        return Allocation.parse("auto" if self.allocation is None else self.allocation)
+
+    @property
+    def ring_bytes(self) -> int | None:
+        """The bound on the ring in bytes, from a number or from text such as ``200mb``."""
+        if self.ring is None or isinstance(self.ring, int):
+            return self.ring
+        amount = Allocation.parse(f"cpu,{self.ring};disk,*").entries[0].amount
+        return int(amount)
+
+
+def distribute(
+    module: nn.Module,
+    allocation: str | Allocation | None = None,
+    *,
+    virtual_vram_gb: float | None = None,
+    donor: str | Sequence[str] | None = None,
+    compute: str | None = None,
+    ring: str | int | None = None,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+) -> Handle:
+    """Rest a module's weights in several memories, in place; return the handle that undoes it.
+
+    ``allocation`` is a line of the allocation language, such as ``"cpu,64mb;disk,*"`` (default
+    ``auto``); or give ``virtual_vram_gb``, in GiB, and its ``donor``. ``ring`` bounds the slots
+    that streamed blocks visit ("200mb", or bytes). The module computes the same bits as before, in
+    inference; its training is not supported. Weights that rest on disk are written once to a file
+    of ours, in the folder that the line names (``disk:/mnt/nvme``) or the temporary one.
+
+    Raises:
+        AllocationError: the line cannot be read or does not fit this machine.
+        ModelError: the module's weights cannot be distributed.
+        StorageError: the disk is full.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    >>> x = torch.ones(1, 64)
+    >>> with torch.inference_mode():
+    ...     before = model(x)
+    ...     handle = distribute(model, "cpu,0b;disk,*")
+    ...     same = torch.equal(model(x), before)
+    ...     handle.remove()
+    >>> same
+    True
+    """
+    if getattr(module, _ATTRIBUTE, None) is not None:
+        raise ModelError(
+            "this module is distributed already",
+            hint="distorch.handle_of(module).rebudget(...), or .remove() first",
+        )
+    tree = describe(module)
+    if any(weight.original.is_meta for weight in tree.weights.values()):
+        raise ModelError(
+            "some weights are on the meta device: they have no values yet",
+            hint="distorch.load(path, allocation) builds and loads a model in one go",
+        )
+    request = Request(
+        allocation=allocation,
+        virtual_vram_gb=virtual_vram_gb,
+        donor=donor,
+        compute=compute,
+        ring=ring,
+    )
+    handle = Handle(module, tree)
+    handle.bind(request, machine, progress)
+    return handle
+
+
+def handle_of(module: nn.Module) -> Handle:
+    """Return the handle of a distributed module.
+
+    Raises:
+        ModelError: it is not distributed.
+    """
+    handle = getattr(module, _ATTRIBUTE, None)
+    if handle is None:
+        raise ModelError("this module is not distributed", hint="distorch.distribute(module, line)")
+    assert isinstance(handle, Handle), "the attribute is ours alone"
+    return handle
+
+
+class Handle:
+    """A module's distribution: its plan, its counters, and the way back.
+
+    ``plan`` is what was decided, ``stats()`` what has happened since. ``source`` is given for a
+    model whose weights have never been in memory: a checkpoint's files, which the disk tier reads
+    in place.
+    """
+
+    plan: Plan
+
+    def __init__(self, module: nn.Module, tree: Tree, source: Source | None = None) -> None:
+        self._module = module
+        self._tree = tree
+        self._blocks = cut(tree.root)
+        self._source = source
+        self._hooks: list[RemovableHandle] = []
+        self._executor: Executor | None = None
+
+    def stats(self) -> Stats:
+        """Return the counters of the run so far.
+
+        Raises:
+            ModelError: the handle was removed.
+        """
+        return self._running().stats()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights on the compute device now: at rest, and the ring."""
+        return self._running().weight_bytes
+
+    def rebudget(
+        self,
+        allocation: str | Allocation | None = None,
+        *,
+        machine: Machine | None = None,
+        **request: Any,
+    ) -> None:
+        """Move the weights to another allocation; takes the same arguments as `distribute`.
+
+        Weights that came from a checkpoint are read again from it. Others come back into memory
+        on the way, which must have room for them.
+        """
+        wanted = Request(allocation=allocation, **request)
+        self._plan(wanted, machine)  # a line that does not fit raises before anything moves
+        self._take_off(restore=self._source is None)
+        self.bind(wanted, machine, None)
+
+    def remove(self) -> None:
+        """Bring every weight into memory and make the module ordinary again.
+
+        The parameters are the ones from before, with their values; those of a loaded model, which
+        had none, are new. No thread, hook or file handle is left.
+        """
+        self._take_off(restore=True)
+        if self._source is not None:
+            self._source.close()
+        self._module.__dict__.pop(_ATTRIBUTE, None)
+
+    def bind(self, request: Request, machine: Machine | None, progress: Progress | None) -> None:
+        """Plan, fill the tiers, and put the hooks on."""
+        plan = self._plan(request, machine)
+        source = self._source or MemorySource(
+            {
+                weight.name: view_bytes(weight.original.data)
+                for weight in self._tree.weights.values()
+            }
+        )
+        stores = _stores(plan, in_place=self._source is not None)
+        try:
+            self._fill(plan, stores, source, progress)
+        except BaseException:
+            for store in stores.values():
+                store.close()
+            raise
+        self.plan, self._executor = plan, Executor(plan, stores)
+        self._hooks = self._put_on(self._executor)
+        self._module.__dict__[_ATTRIBUTE] = self
+
+    def _running(self) -> Executor:
+        if self._executor is None:
+            raise ModelError("this handle was removed", hint="distorch.distribute(module, line)")
+        return self._executor
+
+    def _plan(self, request: Request, machine: Machine | None) -> Plan:
+        model_bytes = sum(block.nbytes for block in self._blocks)
+        machine = _as_seen(
+            machine or Machine.detect(), model_bytes, in_place=self._source is not None
+        )
+        plan = make_plan(
+            self._blocks,
+            request.line(model_bytes, machine),
+            machine,
+            compute=request.compute,
+            ring_bytes=request.ring_bytes,
+        )
+        _check_supported(plan)
+        return replace(plan, notes=plan.notes + self._tree.notes)
+
+    def _fill(
+        self,
+        plan: Plan,
+        stores: Mapping[str, Store],
+        source: Source,
+        progress: Progress | None,
+    ) -> None:
+        """Bring each block to where it rests; what is in memory and stays there is left alone."""
+        kept = _kept(plan) if self._source is None else frozenset()
+        done = 0
+        for placement in plan.placements:
+            store = stores[placement.tier]
+            if isinstance(store, HostTier) and placement.block.parts[0].tensor in kept:
+                store.adopt(placement.block)
+            else:
+                store.put(placement.block, source)
+            done += placement.block.nbytes
+            if progress is not None:
+                progress(done, plan.model_bytes)
+
+    def _put_on(self, executor: Executor) -> list[RemovableHandle]:
+        """Point the module at its weights: those that rest here for good, the others by hooks."""
+        plan = executor.plan
+        kept = _kept(plan) if self._source is None else frozenset()
+        runs: dict[str, list[Run]] = {}
+        for index, placement in enumerate(plan.placements):
+            for place, part in enumerate(placement.block.parts):
+                runs.setdefault(part.tensor, []).append(Run(index, place, part))
+        places: dict[str, Place] = {}
+        for name, weight in self._tree.weights.items():
+            if name in kept or name not in runs:
+                continue
+            places[name] = place = _place(weight, executor, runs[name])
+            place.point(place.resting)
+            if self._source is None:
+                weight.original.data = weight.original.data.new_empty(0)
+        modules = dict(self._module.named_modules())
+        brackets = [
+            (
+                Bracket(executor, index, [places[part.tensor] for part in placement.block.parts]),
+                modules[placement.block.module],
+            )
+            for index, placement in enumerate(plan.placements)
+            if placement.kind == "streamed" and placement.block.module is not None
+        ]
+        hooks = [hook for bracket, module in brackets for hook in bracket.attach(module)]
+        if not plan.streamed_order:
+            return hooks
+        return hooks + mark_steps(self._module, executor, [bracket for bracket, _ in brackets])
+
+    def _take_off(self, *, restore: bool) -> None:
+        executor = self._running()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if restore:
+            for weight in self._tree.weights.values():
+                current = weight.current
+                if isinstance(current, RestingWeight):
+                    weight.restore(current)
+        executor.close()
+        self._executor = None
+
+
+def _place(weight: Weight, executor: Executor, runs: Sequence[Run]) -> Place:
+    """Where a weight's users find it; one that rests here whole is there for good."""
+    shape, dtype = tuple(weight.original.shape), weight.original.dtype
+    placement = executor.plan.placements[runs[0].block]
+    resting: Tensor = RestingWeight(executor, runs, shape, dtype)
+    if len(runs) == 1 and placement.kind == "resident":
+        offset = placement.block.offsets[runs[0].index]
+        memory = executor.acquire(runs[0].block).memory[offset:]
+        resting = as_parameter(as_weight(memory, runs[0].part, shape, dtype))
+    users = tuple((owner._parameters, attribute) for owner, attribute in weight.users)
+    return Place(users=users, resting=resting, shape=shape, dtype=dtype)
+
+
+def _kept(plan: Plan) -> frozenset[str]:
+    """The weights that rest on the compute device with all their rows."""
+    moved = {
+        part.tensor
+        for placement in plan.placements
+        if placement.kind == "streamed"
+        for part in placement.block.parts
+    }
+    return frozenset(
+        part.tensor for placement in plan.placements for part in placement.block.parts
+    ) - frozenset(moved)
+
+
+def _as_seen(machine: Machine, model_bytes: int, *, in_place: bool) -> Machine:
+    """The machine as this model sees it.
+
+    A checkpoint's own disk has room for it: it is there. A module in host memory has room there.
+    """
+    if in_place:
+        disk = machine.tier("disk")
+        roomy = max(disk.free_bytes, model_bytes)
+        return machine.replace_tier(
+            replace(disk, capacity_bytes=max(disk.capacity_bytes, roomy), free_bytes=roomy)
+        )
+    host = machine.tier("cpu")
+    free_bytes = min(host.capacity_bytes, host.free_bytes + model_bytes)
+    return machine.replace_tier(replace(host, free_bytes=free_bytes))
+
+
+def _check_supported(plan: Plan) -> None:
+    strange = [name for name in plan.bytes_by_tier if name != "cpu" and name.split(":")[0] != "disk"]
+    if plan.compute != "cpu" or strange:
+        raise AllocationError(
+            f"this version computes on cpu and streams from disk, not {strange or plan.compute}",
+            hint="cpu,64mb;disk,*",
+        )
+
+
+def _stores(plan: Plan, *, in_place: bool) -> dict[str, Store]:
+    """Open a store for each tier of the plan."""
+    stores: dict[str, Store] = {plan.compute: HostTier(plan.compute)}
+    for name in plan.bytes_by_tier:
+        if name != plan.compute:
+            _, _, folder = name.partition(":")
+            path = Path(folder or tempfile.gettempdir())
+            stores[name] = DiskTier(name, None if in_place and not folder else path)
+    return stores

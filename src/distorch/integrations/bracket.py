@@ -1,0 +1,131 @@
+"""The hooks around one module: its block is there while its forward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+from distorch.integrations.resting import as_weight
+from distorch.run.executor import Executor, Lease
+
+__all__ = ["Bracket", "Place", "mark_steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One part of a block and where modules look for it: ``(parameters, attribute)`` pairs."""
+
+    users: tuple[tuple[dict[str, Any], str], ...]
+    resting: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def point(self, tensor: Tensor) -> None:
+        """Let every user find ``tensor``."""
+        for parameters, attribute in self.users:
+            parameters[attribute] = tensor
+
+
+class Bracket:
+    """Points a module at its block's slot before its forward, and away from it after."""
+
+    def __init__(self, executor: Executor, index: int, places: Sequence[Place]) -> None:
+        self._executor = executor
+        self._index = index
+        self._block = executor.plan.placements[index].block
+        self._places = tuple(places)
+        self._views: dict[int | None, list[Tensor]] = {}
+        self._lease: Lease | None = None
+        self._depth = 0
+
+    def attach(self, module: nn.Module) -> list[RemovableHandle]:
+        """Put the hooks on; the one after runs even when forward raises."""
+        return [
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def reset(self) -> None:
+        """Give back a lease that an interrupted pass has left behind."""
+        if self._lease is not None:
+            self._depth = 1
+            self._point_away()
+
+    def _enter(self, _module: nn.Module, _args: Any) -> None:
+        if self._depth == 0:
+            self._lease = self._executor.acquire(self._index)
+            for place, tensor in zip(self._places, self._tensors(self._lease), strict=True):
+                place.point(tensor)
+        self._depth += 1
+
+    def _leave(self, _module: nn.Module, _args: Any, output: Any = None) -> Any:
+        if self._lease is None:  # acquire raised: there is nothing to give back
+            return None
+        kept = self._detached(output) if self._depth == 1 else None
+        self._point_away()
+        return kept
+
+    def _point_away(self) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._lease is not None:
+            for place in self._places:
+                place.point(place.resting)
+            lease, self._lease = self._lease, None
+            self._executor.release(lease)
+
+    def _tensors(self, lease: Lease) -> list[Tensor]:
+        """The block's weights as views of a slot; made once for each slot."""
+        views = self._views.get(lease.slot)
+        if views is None:
+            rows = zip(self._block.parts, self._block.offsets, self._places, strict=True)
+            with torch.inference_mode(mode=False):
+                views = [
+                    as_weight(lease.memory[offset:], part, place.shape, place.dtype)
+                    for part, offset, place in rows
+                ]
+            self._views[lease.slot] = views
+        return views
+
+    def _detached(self, output: Any) -> Any:
+        """Copy what the module returns of its own weights: the slot is about to change."""
+        ring = self._executor.ring.untyped_storage().data_ptr()
+        changed = False
+
+        def own(tensor: Tensor) -> Tensor:
+            nonlocal changed
+            if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() != ring:
+                return tensor
+            changed = True
+            return tensor.clone()
+
+        result = own(output) if type(output) is Tensor else tree_map_only(Tensor, own, output)
+        return result if changed else None
+
+
+def mark_steps(
+    module: nn.Module, executor: Executor, brackets: Sequence[Bracket]
+) -> list[RemovableHandle]:
+    """Tell the executor when a pass of the whole module begins and ends."""
+
+    def begin(_module: nn.Module, _args: Any) -> None:
+        for bracket in brackets:
+            bracket.reset()
+        executor.begin_step()
+
+    def end(_module: nn.Module, _args: Any, _output: Any) -> None:
+        executor.end_step(complete=True)
+
+    def abandon(_module: nn.Module, _args: Any, _output: Any = None) -> None:
+        executor.end_step(complete=False)  # does nothing after a complete one
+
+    return [
+        module.register_forward_pre_hook(begin, prepend=True),
+        module.register_forward_hook(end),
+        module.register_forward_hook(abandon, always_call=True),
+    ]

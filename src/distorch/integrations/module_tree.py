@@ -1,0 +1,150 @@
+"""Describes a module for the planner: its tree, its weights, and who uses each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distorch.integrations.resting import TORCH_DTYPES, RestingWeight
+from distorch.plan.blocks import Node, TensorSpec
+
+__all__ = ["Stored", "Tree", "Weight", "as_parameter", "describe"]
+
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(slots=True)
+class Weight:
+    """One tensor of a model: its parameter as found, and every place that names it."""
+
+    name: str
+    original: nn.Parameter
+    users: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def current(self) -> Tensor:
+        """What the model finds under its name now."""
+        owner, attribute = self.users[0]
+        found: Tensor = owner._parameters[attribute]
+        return found
+
+    def restore(self, resting: RestingWeight) -> None:
+        """Bring the weight into memory of its own: into the parameter from before, if it had values."""
+        value = resting.whole()
+        found: Tensor = self.original
+        if self.original.is_meta:
+            found = as_parameter(value)
+        else:
+            self.original.data = value
+        for owner, attribute in self.users:
+            owner._parameters[attribute] = found
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A module as the planner sees it; ``notes`` tell what stays where it is, and why."""
+
+    root: Node
+    weights: dict[str, Weight]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a tensor is stored, where that is not how the model computes with it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    whole: bool = False
+
+
+def describe(module: nn.Module, stored: Mapping[str, Stored] | None = None) -> Tree:
+    """Describe ``module``; ``stored`` says how a checkpoint keeps each tensor, by model name.
+
+    A weight that several modules share is named once, by its first user, and rests in free blocks;
+    so does an embedding's.
+    """
+    weights: dict[int, Weight] = {}
+    notes: list[str] = []
+    for prefix, owner in module.named_modules():
+        for attribute, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            weight = weights.setdefault(id(parameter), Weight(name, parameter))
+            weight.users.append((owner, attribute))
+    for key, weight in list(weights.items()):
+        reason = _immovable(weight.original)
+        if reason and stored is None:
+            notes.append(f"{weight.name} stays where it is: {reason}")
+            del weights[key]
+    names = {key: weight.name for key, weight in weights.items()}
+    root = _node("", module, names, weights, stored)
+    return Tree(root, {weight.name: weight for weight in weights.values()}, tuple(notes))
+
+
+def _node(
+    prefix: str,
+    module: nn.Module,
+    names: Mapping[int, str],
+    weights: Mapping[int, Weight],
+    stored: Mapping[str, Stored] | None,
+) -> Node:
+    tensors = [
+        _spec(weights[id(parameter)], stored)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in names
+    ]
+    children = [
+        _node(f"{prefix}.{name}" if prefix else name, child, names, weights, stored)
+        for name, child in module.named_children()
+    ]
+    return Node(
+        name=prefix,
+        tensors=tuple(tensors),
+        children=tuple(children),
+        callable=not isinstance(module, _CONTAINERS),
+        atomic=isinstance(module, nn.MultiheadAttention),
+    )
+
+
+def _spec(weight: Weight, stored: Mapping[str, Stored] | None) -> TensorSpec:
+    parameter = weight.original
+    looked_up = all(_looks_up(owner, attribute) for owner, attribute in weight.users)
+    kept = stored[weight.name] if stored is not None else None
+    return TensorSpec(
+        name=weight.name,
+        dtype=kept.dtype if kept else _DTYPE_NAMES[parameter.dtype],
+        shape=kept.shape if kept else tuple(parameter.shape),
+        nbytes=kept.nbytes if kept else parameter.numel() * parameter.element_size(),
+        free=looked_up or len(weight.users) > 1,
+        looked_up=looked_up,
+        whole=kept.whole if kept else False,
+    )
+
+
+def _looks_up(owner: nn.Module, attribute: str) -> bool:
+    return isinstance(owner, nn.Embedding) and attribute == "weight" and owner.max_norm is None
+
+
+def _immovable(parameter: Tensor) -> str:
+    """Why a parameter cannot be moved as flat bytes; empty where it can."""
+    if type(parameter) not in {nn.Parameter, Tensor}:
+        return f"it is a {type(parameter).__name__}"
+    if parameter.layout != torch.strided or not parameter.is_contiguous():
+        return "it is not contiguous"
+    if parameter.dtype not in _DTYPE_NAMES:
+        return f"its dtype is {parameter.dtype}"
+    return "" if parameter.device.type in {"cpu", "meta"} else f"it is on {parameter.device}"
+
+
+def as_parameter(weight: Tensor) -> Tensor:
+    """Make a dense weight a parameter that wants no gradient; a lazy one passes for one already."""
+    dense = type(weight) is Tensor
+    return nn.Parameter(weight, requires_grad=False) if dense else weight

@@ -1,0 +1,146 @@
+"""The plan: every block's placement and the ring. The planner writes it; all others only read it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from distorch.errors import FormatError
+from distorch.plan.blocks import Block, Part
+
+__all__ = ["Placement", "Plan", "Ring", "gib"]
+
+_GIB = 1 << 30
+_MIB = 1 << 20
+_VERSION = 1
+
+
+def gib(nbytes: int) -> str:
+    """Write bytes for people: GiB, or MiB and bytes where GiB would show a zero.
+
+    >>> gib(5 << 29), gib(64 << 20), gib(12)
+    ('2.50 GiB', '64.0 MiB', '12 B')
+    """
+    if nbytes >= _GIB:
+        return f"{nbytes / _GIB:.2f} GiB"
+    return f"{nbytes / _MIB:.1f} MiB" if nbytes >= _MIB // 10 else f"{nbytes} B"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where one block rests: ``resident`` on the compute device, or ``streamed`` from a donor."""
+
+    block: Block
+    tier: str
+    kind: Literal["resident", "streamed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ring:
+    """The slots on the compute device that streamed blocks visit, all of one size."""
+
+    num_slots: int = 0
+    slot_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.num_slots * self.slot_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Every block's placement, in execution order as far as it is known, and the ring.
+
+    ``allocation`` is the line it was made from; ``notes`` say what a user should know about it.
+    """
+
+    compute: str
+    allocation: str
+    placements: tuple[Placement, ...]
+    ring: Ring
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all blocks, each tensor rounded up to 64 bytes."""
+        return sum(placement.block.nbytes for placement in self.placements)
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes at rest on each tier, the compute device first."""
+        totals = Counter({self.compute: 0})
+        for placement in self.placements:
+            totals[placement.tier] += placement.block.nbytes
+        return dict(totals)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that visit the ring in a step that uses every block once."""
+        return sum(
+            placement.block.nbytes
+            for placement in self.placements
+            if placement.kind == "streamed" and not placement.block.looked_up
+        )
+
+    @property
+    def streamed_order(self) -> tuple[int, ...]:
+        """The blocks that visit the ring, in the order of the model's definition."""
+        return tuple(
+            index
+            for index, placement in enumerate(self.placements)
+            if placement.kind == "streamed" and not placement.block.looked_up
+        )
+
+    def table(self) -> list[tuple[str, str]]:
+        """Return what a person wants to know, as rows of a name and a value."""
+        rows = [("allocation", self.allocation), ("model", gib(self.model_bytes))]
+        for tier, nbytes in self.bytes_by_tier.items():
+            count = sum(placement.tier == tier for placement in self.placements)
+            what = "resident" if tier == self.compute else "streamed"
+            rows.append((f"{tier} ({what})", f"{gib(nbytes)} in {count} blocks"))
+        ring = self.ring
+        rows.append(("ring", f"{gib(ring.nbytes)} = {ring.num_slots} x {gib(ring.slot_bytes)}"))
+        rows.append(("streamed each step", gib(self.streamed_bytes)))
+        return rows + [("note", note) for note in self.notes]
+
+    def to_json(self) -> str:
+        """Write the plan as JSON; `from_json` reads it back.
+
+        >>> plan = Plan(compute="cpu", allocation="cpu,*", placements=(), ring=Ring())
+        >>> Plan.from_json(plan.to_json()) == plan
+        True
+        """
+        return json.dumps({"version": _VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a plan that `to_json` wrote.
+
+        Raises:
+            FormatError: the text is not such a plan.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("version") != _VERSION:
+                raise ValueError("another version")
+            data["placements"] = tuple(_placement(item) for item in data["placements"])
+            data["ring"] = Ring(**data["ring"])
+            data["notes"] = tuple(data["notes"])
+            return cls(**data)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise FormatError(
+                f"not a plan of this version: {error}", hint="write it again with `distorch plan`"
+            ) from error
+
+
+def _placement(item: dict[str, Any]) -> Placement:
+    block = dict(item["block"])
+    stored = block.pop("nbytes")
+    parts = tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in block.pop("parts"))
+    made = Block(**block, parts=parts)
+    if made.nbytes != stored:
+        raise ValueError(f"block {made.name} says {stored} bytes, its parts say {made.nbytes}")
+    return Placement(block=made, tier=str(item["tier"]), kind=item["kind"])

@@ -1,0 +1,75 @@
+"""Packed blocks to floating point, into a buffer that is reused.
+
+Fresh pages cost five times what reused ones do, so each thread keeps one scratch buffer, as large
+as the largest weight it has decoded.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from distorch.quant.block_formats import BLOCK_FORMATS, BlockFormat
+from distorch.quant.native import Kernel, kernel
+
+__all__ = ["dequantize", "scratch"]
+
+_TILE_BLOCKS = 32768  # torch decodes through temporaries: small ones stay in the cache
+_PROBE_BLOCKS = 64
+
+
+class _Scratch(threading.local):
+    buffer: Tensor | None = None
+
+
+_scratch = _Scratch()
+
+
+def scratch(num_elements: int) -> Tensor:
+    """Return this thread's float32 scratch of ``num_elements``; the next call hands it out again.
+
+    A graph that saved the previous contents for backward will refuse to run, not use wrong bytes.
+    """
+    buffer = _scratch.buffer
+    if buffer is None or buffer.numel() < num_elements:
+        with torch.inference_mode(mode=False):
+            buffer = _scratch.buffer = torch.empty(num_elements, dtype=torch.float32)
+    torch.autograd.graph.increment_version(buffer)
+    return buffer[:num_elements]
+
+
+def dequantize(packed: Tensor, form: type[BlockFormat], out: Tensor) -> Tensor:
+    """Decode contiguous uint8 ``packed`` blocks into ``out`` (float32, contiguous) and return it.
+
+    >>> blocks = torch.zeros(34, dtype=torch.uint8); blocks[1] = 0x3C; blocks[2] = 7   # scale 1.0
+    >>> dequantize(blocks, BLOCK_FORMATS["Q8_0"], torch.empty(32))[:2]
+    tensor([7., 0.])
+    """
+    num_blocks = packed.numel() // form.nbytes
+    native = _trusted_kernel(form.name) if packed.device.type == "cpu" else None
+    if native is not None:
+        native(packed.data_ptr(), out.data_ptr(), num_blocks)
+        return out
+    blocks, decoded = packed.view(num_blocks, form.nbytes), out.view(num_blocks, form.elements)
+    for first in range(0, num_blocks, _TILE_BLOCKS):
+        tile = slice(first, first + _TILE_BLOCKS)
+        decoded[tile] = form.decode(blocks[tile])
+    return out
+
+
+@cache
+def _trusted_kernel(name: str) -> Kernel | None:
+    """The native kernel, if on this machine it agrees with the torch decoder bit for bit."""
+    native, form = kernel(name), BLOCK_FORMATS[name]
+    if native is None:
+        return None
+    # Exponents of a float16 below 0x7C are finite: byte values under 0x7C make every scale a number.
+    ramp = torch.arange(_PROBE_BLOCKS * form.nbytes, dtype=torch.int64) * 37 % 0x7C
+    blocks = ramp.to(torch.uint8).view(_PROBE_BLOCKS, form.nbytes)
+    decoded = torch.empty(_PROBE_BLOCKS, form.elements)
+    native(blocks.data_ptr(), decoded.data_ptr(), _PROBE_BLOCKS)
+    same = torch.equal(decoded.view(torch.int32), form.decode(blocks).contiguous().view(torch.int32))
+    return native if same else None

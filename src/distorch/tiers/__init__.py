@@ -1,0 +1,62 @@
+"""How bytes rest and move: one contract, one file for each kind of memory.
+
+A source says where a weight's bytes come from when a model is loaded; a store is one tier while a
+model runs. Both speak of parts and of writable memory, never of tensors, modules or plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from distorch.plan.blocks import Block, Part
+
+__all__ = ["Destination", "Source", "Store", "destinations"]
+
+Destination = tuple[Part, memoryview]
+"""A part, and the writable bytes it goes to (exactly ``part.nbytes`` of them)."""
+
+
+class Source(Protocol):
+    """Where the weights come from: the files of a checkpoint, or a module in memory."""
+
+    def read(self, wanted: Sequence[Destination]) -> None:
+        """Copy each part's bytes to its destination; called from several threads at once."""
+
+    def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
+        """Copy single rows of a part, counted from the part's first, one after another."""
+
+    def close(self) -> None:
+        """Let go of files and memory."""
+
+
+class Store(Protocol):
+    """One tier while a model runs."""
+
+    @property
+    def name(self) -> str:
+        """The tier's name in plans and lines: ``cpu``, ``disk``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest here."""
+
+    def put(self, block: Block, source: Source) -> None:
+        """Bring a block to rest here."""
+
+    def read(self, block: Block, slot: memoryview) -> None:
+        """Copy a block into a slot, each part at its offset; called from reader threads."""
+
+    def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
+        """Copy single rows of a block's only part, one after another, into ``out``."""
+
+    def close(self) -> None:
+        """Let go of everything that rests here."""
+
+
+def destinations(block: Block, memory: memoryview) -> list[Destination]:
+    """Pair each part of a block with its bytes in the block's memory."""
+    return [
+        (part, memory[offset : offset + part.nbytes])
+        for part, offset in zip(block.parts, block.offsets, strict=True)
+    ]
