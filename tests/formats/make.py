@@ -11,12 +11,15 @@ Block-quantised data are random bytes below 0x40: every float in them is finite.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tracemalloc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gguf
 import numpy as np
+import pytest
+import safetensors
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -61,6 +64,12 @@ def write_safetensors(
         )
         for name, a in arrays.items()
     }
+
+
+def read_safetensors(file: bytes) -> dict[str, Stored]:
+    """Read a file with the safetensors package; raises its SafetensorError."""
+    tensors = safetensors.deserialize(file)  # type: ignore[no-untyped-call]
+    return {name: Stored(t["dtype"], tuple(t["shape"]), bytes(t["data"])) for name, t in tensors}
 
 
 def write_sharded(directory: Path, *, stem: str = "model", seed: int = 0) -> dict[str, Stored]:
@@ -204,8 +213,23 @@ def mutate(data: bytes, ops: Iterable[tuple[Any, ...]], header_bytes: int) -> by
     return bytes(spoiled)
 
 
-def open_or_refuse(path: Path) -> bool:
-    """Open a spoiled file, and say whether it was read: in full, or refused; in little memory."""
+def refuse(path: Path, file: bytes) -> str:
+    """Return the problem with a file, which must be refused, by its name and with a hint."""
+    path.write_bytes(file)
+    with pytest.raises(FormatError) as caught:
+        open_checkpoint(path)
+    assert caught.value.hint
+    assert str(path) in caught.value.problem
+    return caught.value.problem
+
+
+def open_or_refuse(path: Path, *, huge: bool = False) -> bool:
+    """Open a spoiled file, and say whether it was read: in full, or refused; in little memory.
+
+    ``huge`` makes the file so large that wrong sizes point into it, and not past its end.
+    """
+    if huge:
+        os.truncate(path, HUGE_BYTES)
     tracemalloc.start()
     try:
         with open_checkpoint(path) as checkpoint:
@@ -215,13 +239,14 @@ def open_or_refuse(path: Path) -> bool:
                 assert checkpoint.view(name).nbytes == info.nbytes
             if file_bytes < MAX_OPEN_BYTES:
                 dict(checkpoint.metadata)
+        refusal = None
     except FormatError as error:
-        assert error.hint
-        assert str(path) in error.problem
-        return False
-    else:
-        return True
+        refusal = error
     finally:
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak_bytes < MAX_OPEN_BYTES
+    assert peak_bytes < MAX_OPEN_BYTES
+    if refusal:
+        assert refusal.hint
+        assert str(path) in refusal.problem
+    return refusal is None

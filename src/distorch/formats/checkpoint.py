@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal, Self
 
@@ -90,10 +90,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         A view that is still in use keeps its own map alive, until that view goes.
         """
         self._closed = True
-        while self._maps:
-            _, mapped = self._maps.popitem()
-            with suppress(BufferError):  # mapped bytes are in use; the last view closes the map
-                mapped.close()
+        self._maps.clear()  # each map closes with its last reference: a view's, or this one
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]

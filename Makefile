@@ -1,0 +1,29 @@
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench clean
+
+INSTALLED := .venv/.installed
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED)  ## make .venv, with DisTorch and its tools
+
+demo: $(INSTALLED)  ## text from a language model that does not fit its 64 MB of memory
+	@.venv/bin/distorch run demo --allocation "cpu,64mb;disk,*" \
+		--prompt "The capital of France is" --max-new-tokens 40
+
+test: $(INSTALLED)  ## all tests; ARGS="-k ring" for some of them
+	@scripts/test $(ARGS)
+
+check: $(INSTALLED)  ## lint, format, types, spelling
+	@scripts/check
+
+bench: $(INSTALLED)  ## the benchmarks, ours beside others; ARGS="..." goes to benchmarks/run.py
+	@scripts/bench $(ARGS)
+
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints-dev.txt
+	@scripts/install

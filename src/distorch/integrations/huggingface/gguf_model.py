@@ -1,0 +1,159 @@
+"""A GGUF file as a transformers model: configuration, names, and the few tensors kept otherwise."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+from distorch.errors import FormatError, ModelError
+from distorch.formats import Checkpoint, TensorInfo
+from distorch.integrations.huggingface.skeleton import Built, build_empty, match
+from distorch.tiers.sources import Amend
+
+__all__ = ["build"]
+
+_COMPUTED = {"rope_freqs.weight"}  # tensors that transformers computes from the configuration
+
+_Rule = tuple[str, Callable[[PretrainedConfig, TensorInfo], Amend]]
+
+
+def build(checkpoint: Checkpoint) -> Built:
+    """Build the language model of a GGUF file, on the meta device, to compute in float32.
+
+    Raises:
+        ModelError: the architecture or a tensor is not one that can be loaded.
+    """
+    architecture = str(checkpoint.metadata.get("general.architecture", ""))
+    if architecture not in _RULES:
+        raise ModelError(
+            f"{checkpoint.path} is of the architecture {architecture!r}, which cannot be loaded yet",
+            hint=f"a model of one of these: {', '.join(sorted(_RULES))}",
+        )
+    config = _config(checkpoint)
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model = build_empty(model_class, config, torch.float32)
+    model.generation_config = GenerationConfig.from_model_config(config)
+    names = get_gguf_hf_weights_map(model, TensorProcessor())
+    infos = {names.get(name, name): info for name, info in checkpoint.items()}
+    infos = match(model, infos, checkpoint.path, ignored=_COMPUTED)
+    amend = {
+        model_name: rule(config, infos[model_name])
+        for gguf_name, model_name in names.items()
+        for pattern, rule in _RULES[architecture]
+        if model_name in infos and re.search(pattern, gguf_name)
+    }
+    return Built(model=model, infos=infos, amend=amend)
+
+
+def _config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """Let transformers read the configuration from a small copy of the header.
+
+    Its reader walks every element of the vocabulary (seconds) and maps the file as it is; the copy
+    has the scalars and the tensors' names only, taken from a header that was checked.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / "header.gguf"
+        _write_small(checkpoint, small)
+        try:
+            config = AutoConfig.from_pretrained(folder, gguf_file=small.name, local_files_only=True)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
+            raise ModelError(
+                f"transformers cannot read the configuration in {checkpoint.path}: {error}",
+                hint="the file may be damaged, or too new for the transformers that is installed",
+            ) from error
+    return config
+
+
+def _write_small(checkpoint: Checkpoint, path: Path) -> None:
+    architecture = str(checkpoint.metadata["general.architecture"])
+    writer = gguf.GGUFWriter(path, architecture)
+    for key in checkpoint.metadata:
+        if key.startswith("tokenizer.ggml.") and not key.endswith("_token_id"):
+            continue  # the vocabulary
+        value: Any = checkpoint.metadata[key]
+        if key in {"general.architecture", "general.alignment"}:
+            continue  # the writer's own
+        if isinstance(value, (bool, int, float, str)):
+            writer.add_key_value(key, value, _value_type(value))
+        elif len(value) and not isinstance(value[0], (list, tuple)):
+            writer.add_array(key, list(value))
+    embedding = checkpoint.get("token_embd.weight")
+    if embedding is not None and f"{architecture}.vocab_size" not in checkpoint.metadata:
+        writer.add_vocab_size(embedding.shape[0])
+    for name in checkpoint:
+        writer.add_tensor(name, np.zeros(1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _value_type(value: bool | float | str) -> gguf.GGUFValueType:  # noqa: FBT001  any scalar
+    if isinstance(value, bool):
+        return gguf.GGUFValueType.BOOL
+    if isinstance(value, int):
+        return gguf.GGUFValueType.INT64 if value < 0 else gguf.GGUFValueType.UINT64
+    return gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.FLOAT64
+
+
+def _minus_one(_config: PretrainedConfig, info: TensorInfo) -> Amend:
+    """Gemma's norms multiply by 1 + w; llama.cpp keeps the sum."""
+    if info.dtype != "F32":
+        raise FormatError(f"{info.name} is {info.dtype}, not F32", hint="convert the model again")
+
+    def amend(memory: memoryview) -> None:
+        values = np.frombuffer(memory, np.float32)
+        np.subtract(values, np.float32(1), out=values)
+
+    return amend
+
+
+def _heads(attribute: str) -> Callable[[PretrainedConfig, TensorInfo], Amend]:
+    """llama.cpp interleaves the two halves of each head's rows; transformers keeps them apart.
+
+    Rows are moved as stored: a block never crosses a row.
+    """
+
+    def rule(config: PretrainedConfig, info: TensorInfo) -> Amend:
+        num_heads = getattr(config, attribute, None) or config.num_attention_heads
+        rows = info.shape[0]
+        if rows % (2 * num_heads):
+            raise FormatError(
+                f"{info.name} has {rows} rows for {num_heads} heads", hint="convert the model again"
+            )
+
+        def amend(memory: memoryview) -> None:
+            values = np.frombuffer(memory, np.uint8)
+            heads = values.reshape(num_heads, rows // num_heads // 2, 2, -1)
+            values[:] = heads.swapaxes(1, 2).reshape(-1)
+
+        return amend
+
+    return rule
+
+
+_GEMMA: tuple[_Rule, ...] = ((r"norm\.weight$", _minus_one),)
+_LLAMA: tuple[_Rule, ...] = (
+    (r"\.attn_q\.(weight|bias)$", _heads("num_attention_heads")),
+    (r"\.attn_k\.(weight|bias)$", _heads("num_key_value_heads")),
+)
+_RULES: Mapping[str, tuple[_Rule, ...]] = {
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "llama": _LLAMA,
+    "phi3": (),
+    "qwen2": (),
+    "qwen3": (),
+    "starcoder2": (),
+}
+"""Architectures whose tensors are loaded as they lie, but for these. From llama.cpp's converter
+(convert_hf_to_gguf.py); transformers' own tensor processors undo the same changes."""

@@ -1,0 +1,91 @@
+"""A directory of safetensors and a configuration as a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from distorch.errors import ModelError
+from distorch.formats import Checkpoint, TensorInfo
+from distorch.integrations.huggingface.skeleton import Built, build_empty, match
+from distorch.integrations.resting import TORCH_DTYPES
+
+__all__ = ["build"]
+
+
+def build(checkpoint: Checkpoint) -> Built:
+    """Build the model of a safetensors directory, on the meta device, in its own dtype.
+
+    Raises:
+        ModelError: there is no configuration, or it and the tensors do not agree.
+    """
+    folder = checkpoint.path.parent
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} has no config.json: a safetensors file alone does not say what model it is",
+            hint="the directory as it was saved: config.json beside the weights",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(
+            f"transformers cannot read {folder / 'config.json'}: {error}",
+            hint="a model that the installed transformers knows; code in a directory is not run",
+        ) from error
+    model = build_empty(_model_class(config), config, _dtype(config, checkpoint))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    infos = _renamed(model, checkpoint)
+    buffers = dict(model.named_buffers())
+    for name in buffers.keys() & infos.keys():
+        value = torch.frombuffer(bytearray(checkpoint.view(infos[name].name)), dtype=torch.uint8)
+        buffers[name].copy_(value.view(TORCH_DTYPES[infos[name].dtype]).view(buffers[name].shape))
+    ignored = [*buffers, *_tied(model)]
+    return Built(model=model, infos=match(model, infos, checkpoint.path, ignored=ignored))
+
+
+def _model_class(config: PretrainedConfig) -> type[transformers.PreTrainedModel]:
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    mapped = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if mapped is None:
+        raise ModelError(
+            f"transformers has no model class {config.architectures} for {config.model_type!r}",
+            hint="a configuration whose 'architectures' names a class of transformers",
+        )
+    found_class: type[transformers.PreTrainedModel] = mapped
+    return found_class
+
+
+def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the configuration, else the one most of the bytes are stored in."""
+    configured = getattr(config, "dtype", None)
+    if isinstance(configured, torch.dtype):
+        return configured
+    totals: dict[str, int] = {}
+    for info in checkpoint.values():
+        totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
+    stored = TORCH_DTYPES.get(max(totals, key=lambda name: totals[name]), torch.float32)
+    return stored if stored.is_floating_point and stored.itemsize > 1 else torch.float32
+
+
+def _renamed(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Tensors by the model's names: a base model's checkpoint lacks the prefix, or has it."""
+    names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    prefix = f"{model.base_model_prefix}."
+    renamed = {}
+    for name, info in checkpoint.items():
+        tries = (name, prefix + name, name.removeprefix(prefix))
+        renamed[next((t for t in tries if t in names), name)] = info
+    return renamed
+
+
+def _tied(model: transformers.PreTrainedModel) -> Mapping[str, str] | list[str]:
+    """Names of weights that are another's: a file may hold them all the same."""
+    return list(getattr(model, "all_tied_weights_keys", None) or ())

@@ -1,0 +1,124 @@
+"""Builds a transformers model without memory for its weights, and finds where each one lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from distorch.errors import ModelError
+from distorch.formats import TensorInfo
+from distorch.integrations.module_tree import Stored
+from distorch.tiers.sources import Amend
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["Built", "build_empty", "match"]
+
+_SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A model on the meta device, and for each of its weights where and how it is stored."""
+
+    model: PreTrainedModel
+    infos: Mapping[str, TensorInfo]
+    amend: Mapping[str, Amend] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """What the planner needs to know of each weight; an amended one is never cut."""
+        return {
+            name: Stored(
+                dtype=info.dtype,
+                shape=info.shape,
+                nbytes=info.nbytes,
+                whole=name in self.amend,
+            )
+            for name, info in self.infos.items()
+        }
+
+
+def build_empty(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build a model whose parameters are on the meta device and whose buffers are real.
+
+    Buffers that no checkpoint holds (rotary frequencies, scales) are computed by transformers' own
+    initialisation, which does nothing to parameters without memory. Each is filled with a mark
+    first: one that nobody computed is an error, not noise in the output.
+
+    Raises:
+        ModelError: a buffer has no value.
+    """
+    with torch.device("meta"):
+        model = model_class._from_config(config, dtype=dtype)
+    marked = []
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = _mark(torch.empty_like(buffer, device="cpu"))
+                marked.append((module, name, f"{prefix}.{name}"))
+    model.initialize_weights()
+    blank = [full for module, name, full in marked if _is_marked(module._buffers[name])]
+    if blank:
+        raise ModelError(
+            f"{model_class.__name__} does not compute its buffer {blank[0]}",
+            hint="build the model with transformers, then distorch.distribute(model, line)",
+        )
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def match(
+    model: nn.Module, infos: Mapping[str, TensorInfo], path: object, *, ignored: Iterable[str] = ()
+) -> dict[str, TensorInfo]:
+    """Return the place of every weight of ``model``, whose shapes must agree.
+
+    Raises:
+        ModelError: a weight is missing, has another shape, or nobody wants one that is there.
+    """
+    wanted = dict(model.named_parameters())
+    missing = [name for name in wanted if name not in infos]
+    strange = [name for name in infos if name not in wanted and name not in set(ignored)]
+    if missing or strange:
+        what = f"lacks {_names(missing)}" if missing else f"holds {_names(strange)} besides"
+        raise ModelError(
+            f"{path} {what}: it is not a whole {type(model).__name__}",
+            hint="a file that transformers loads as this class; fused or sharded experts are not read yet",
+        )
+    for name, parameter in wanted.items():
+        if _squeezed(infos[name].shape) != _squeezed(parameter.shape):
+            raise ModelError(
+                f"{name} has shape {list(infos[name].shape)} in {path}, "
+                f"{list(parameter.shape)} in {type(model).__name__}",
+                hint="the configuration and the weights belong to different models",
+            )
+    return {name: infos[name] for name in wanted}
+
+
+def _mark(buffer: Tensor) -> Tensor:
+    if buffer.is_floating_point() or buffer.is_complex():
+        return buffer.fill_(float("nan"))
+    return buffer.fill_(True if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).max)
+
+
+def _is_marked(buffer: Tensor | None) -> bool:
+    if buffer is None or not buffer.numel() or buffer.dtype == torch.bool:
+        return False
+    if buffer.is_floating_point() or buffer.is_complex():
+        return bool(buffer.isnan().any())
+    return bool((buffer == torch.iinfo(buffer.dtype).max).any())
+
+
+def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _names(names: list[str]) -> str:
+    rest = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + rest
