@@ -1,0 +1,56 @@
+"""The command line: ``distorch run``, ``distorch plan``, ``distorch inspect``.
+
+torch is imported by ``run`` alone, and only once what was asked has been read without a mistake.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distorch import __version__
+from distorch.cli import inspect, plan, run
+from distorch.cli.endings import Command
+
+__all__ = ["main"]
+
+_HELP = """
+Run models that do not fit the memory of the device that computes.
+
+Weights rest in several memories, and each visits the compute device just before it is needed.
+
+\b
+Examples:
+  distorch run demo --allocation "cpu,64mb;disk,*" --prompt "The capital of France is"
+  distorch plan model.gguf --virtual-vram 8 --donor disk
+  distorch inspect model.gguf
+"""
+
+app = typer.Typer(
+    help=_HELP,
+    add_completion=False,
+    rich_markup_mode=None,  # brackets in a help text are brackets
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run", cls=Command, help=run.HELP)(run.run)
+app.command("plan", cls=Command, help=plan.HELP)(plan.plan)
+app.command("inspect", cls=Command, help=inspect.HELP)(inspect.inspect)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"distorch {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the command that the arguments of this process name, and exit."""
+    app(prog_name="distorch")

@@ -312,9 +312,8 @@ def _place(weight: Weight, executor: Executor, runs: Sequence[Run]) -> Place:
     placement = executor.plan.placements[runs[0].block]
     resting: Tensor = RestingWeight(executor, runs, shape, dtype)
     if len(runs) == 1 and placement.kind == "resident":
-        offset = placement.block.offsets[runs[0].index]
-        memory = executor.acquire(runs[0].block).memory[offset:]
-        resting = as_parameter(as_weight(memory, runs[0].part, shape, dtype))
+        raw = executor.acquire(runs[0].block).part(runs[0].index)
+        resting = as_parameter(as_weight(raw, runs[0].part, shape, dtype))
     users = tuple((owner._parameters, attribute) for owner, attribute in weight.users)
     return Place(users=users, resting=resting, shape=shape, dtype=dtype)
 

@@ -38,9 +38,8 @@ class Bracket:
     def __init__(self, executor: Executor, index: int, places: Sequence[Place]) -> None:
         self._executor = executor
         self._index = index
-        self._block = executor.plan.placements[index].block
         self._places = tuple(places)
-        self._views: dict[int | None, list[Tensor]] = {}
+        self._views: dict[object, list[Tensor]] = {}
         self._lease: Lease | None = None
         self._depth = 0
 
@@ -80,16 +79,17 @@ class Bracket:
             self._executor.release(lease)
 
     def _tensors(self, lease: Lease) -> list[Tensor]:
-        """The block's weights as views of a slot; made once for each slot."""
-        views = self._views.get(lease.slot)
+        """The block's weights as views of its bytes; made once for each place these can be in."""
+        views = self._views.get(lease.where)
         if views is None:
-            rows = zip(self._block.parts, self._block.offsets, self._places, strict=True)
             with torch.inference_mode(mode=False):
                 views = [
-                    as_weight(lease.memory[offset:], part, place.shape, place.dtype)
-                    for part, offset, place in rows
+                    as_weight(lease.part(index), part, place.shape, place.dtype)
+                    for index, (part, place) in enumerate(
+                        zip(lease.placement.block.parts, self._places, strict=True)
+                    )
                 ]
-            self._views[lease.slot] = views
+            self._views[lease.where] = views
         return views
 
     def _detached(self, output: Any) -> Any:

@@ -38,7 +38,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 def as_weight(raw: Tensor, part: Part, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """View a part's bytes as the weight a model computes with: dense, or packed and lazy."""
-    raw = raw[: part.nbytes]
     if TORCH_DTYPES.get(part.dtype) == dtype:
         return raw.view(dtype).view(tuple(shape))
     return QuantTensor(raw, block_format(part.dtype), tuple(shape), dtype)
@@ -122,8 +121,7 @@ class RestingWeight(LazyWeight):
         filled = 0
         for run in self.runs:
             lease = self.executor.acquire(run.block)
-            begin = self.executor.plan.placements[run.block].block.offsets[run.index]
-            raw[filled : filled + run.part.nbytes] = lease.memory[begin : begin + run.part.nbytes]
+            raw[filled : filled + run.part.nbytes] = lease.part(run.index)
             self.executor.release(lease)
             filled += run.part.nbytes
         first = self.runs[0].part
@@ -136,8 +134,7 @@ class RestingWeight(LazyWeight):
     def _leased(self, run: Run) -> Iterator[Tensor]:
         lease: Lease = self.executor.acquire(run.block)
         try:
-            begin = self.executor.plan.placements[run.block].block.offsets[run.index]
             shape = run.part.shape if len(self.runs) > 1 else self.shape
-            yield as_weight(lease.memory[begin:], run.part, shape, self.dtype)
+            yield as_weight(lease.part(run.index), run.part, shape, self.dtype)
         finally:
             self.executor.release(lease)

@@ -1,7 +1,7 @@
 """Cuts a model into blocks: pure, from names, shapes and the module tree.
 
-A *bracketed* block is all that one module needs: it is brought when the module's forward begins
-and may go when that ends. A *free* block is a run of rows of one weight, brought when an operation
+A *bracketed* block is what one module needs: it is brought when the module's forward begins and
+may go when that ends. Norms and biases are apart from the large weights, since they can stay. A *free* block is a run of rows of one weight, brought when an operation
 uses those rows; weights that are looked up or shared by several modules, and those too large for
 one slot, are free.
 """
@@ -19,6 +19,7 @@ ALIGNMENT_BYTES = 64  # a weight at any other address changes the last bit of a 
 _TARGET_BYTES = 8 << 20  # large enough for a disk's full speed, small enough to spread finely
 _ROWS = 8192  # rows of one run: a product over fewer may add in another order (docs/exactness.md)
 _ROW_MULTIPLE = 64
+_SMALL_BYTES = 64 << 10  # norms and biases: kept apart, since a visit would cost them its latency
 
 
 def aligned(nbytes: int) -> int:
@@ -148,8 +149,13 @@ def _blocks(
             parts.append(
                 Part(tensor=spec.name, dtype=spec.dtype, shape=spec.shape, nbytes=spec.nbytes)
             )
-    if parts:
-        yield Block(name=node.name, parts=tuple(parts), module=node.name)
+    large = tuple(part for part in parts if part.nbytes > _SMALL_BYTES)
+    small = tuple(part for part in parts if part.nbytes <= _SMALL_BYTES)
+    if small:
+        name = f"{node.name} (small)" if large else node.name
+        yield Block(name=name, parts=small, module=node.name)
+    if large:
+        yield Block(name=node.name, parts=large, module=node.name)
 
 
 def _is_free(spec: TensorSpec) -> bool:

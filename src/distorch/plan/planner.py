@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ def make_plan(
     """Place every block of a model as ``allocation`` says, streamed ones spread evenly.
 
     ``ring_bytes`` bounds the ring; by default it has four slots of the largest streamed block, or
-    three where that is large. Modules that hold a block while their children run add one slot each.
+    three where that is large, and one for each block that is held while others visit.
 
     Raises:
         AllocationError: the line does not fit the machine, or the ring is too small for a block.
@@ -159,12 +160,12 @@ def _ring(visitors: Sequence[Block], ring_bytes: int | None) -> Ring:
 
 
 def _held_at_once(visitors: Sequence[Block]) -> int:
-    """How many blocks an inner module may find held by the modules around it."""
-    brackets = {block.module for block in visitors if block.module is not None}
-    return max((_outer(name, brackets) for name in brackets), default=0)
+    """How many more blocks a module may find held: its own other ones, and those around it."""
+    counts = Counter(block.module for block in visitors if block.module is not None)
+    return max((_held_around(name, counts) for name in counts), default=0)
 
 
-def _outer(name: str, brackets: set[str]) -> int:
-    count = int("" in brackets and name != "")
+def _held_around(name: str, counts: Counter[str]) -> int:
     parts = name.split(".")
-    return count + sum(".".join(parts[:end]) in brackets for end in range(1, len(parts)))
+    around = {".".join(parts[:end]) for end in range(len(parts))}  # "" is the whole model
+    return counts[name] - 1 + sum(counts[outer] for outer in around if outer != name)

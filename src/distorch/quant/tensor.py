@@ -14,7 +14,7 @@ from distorch.quant.lazy import LazyWeight
 
 __all__ = ["QuantTensor"]
 
-_TILE_ELEMENTS = 1 << 20  # 4 MiB of float32: decoded and multiplied before it leaves the cache
+_TILE_ELEMENTS = 1 << 19  # 2 MiB of float32: decoded and multiplied before it leaves the cache
 _TILE_ROW_MULTIPLE = 64
 
 
@@ -33,25 +33,33 @@ class QuantTensor(LazyWeight):
     tensor([[ 0., 96.]])
     """
 
+    # Plain attributes: torch answers .shape and .dtype of a subclass through Python, 3 us each.
     packed: Tensor
     form: type[BlockFormat]
+    rows: int
+    columns: int
+    row_bytes: int
+    compute_dtype: torch.dtype
 
     def __new__(
         cls, packed: Tensor, form: type[BlockFormat], shape: tuple[int, ...], dtype: torch.dtype
     ) -> QuantTensor:
         """Wrap ``packed`` without copying it."""
         self = LazyWeight.__new__(cls, shape, dtype, packed.device)
-        self.packed, self.form = packed, form
+        self.packed, self.form, self.compute_dtype = packed.view(-1), form, dtype
+        self.columns = shape[-1] if shape else 1
+        self.row_bytes = self.columns // form.elements * form.nbytes
+        self.rows = packed.numel() // self.row_bytes if self.row_bytes else 0
         return self
 
     def __copy__(self) -> QuantTensor:
         """Another wrapper of the same bytes."""
-        return QuantTensor(self.packed, self.form, tuple(self.shape), self.dtype)
+        return QuantTensor(self.packed, self.form, tuple(self.shape), self.compute_dtype)
 
     def materialize(self) -> Tensor:
         """Return the whole weight, decoded into memory of its own."""
-        out = torch.empty(self.shape, dtype=torch.float32, device=self.device)
-        return dequantize(self.packed.view(-1), self.form, out).to(self.dtype)
+        out = torch.empty(self.shape, dtype=torch.float32, device=self.packed.device)
+        return dequantize(self.packed, self.form, out).to(self.compute_dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Decode and multiply; a single row of ``x`` does so tile by tile, in the cache.
@@ -60,35 +68,38 @@ class QuantTensor(LazyWeight):
         matrix-matrix product may add in another order for another number of rows, so it gets the
         weight whole.
         """
-        rows, columns = self.shape
-        tile = rows
-        if x.numel() == columns and self.device.type == "cpu":
-            tile = _TILE_ELEMENTS // columns // _TILE_ROW_MULTIPLE * _TILE_ROW_MULTIPLE
-        if not 0 < tile < rows:
-            return F.linear(x, self._decoded(0, rows), bias)
-        out = x.new_empty(*x.shape[:-1], rows)
-        for first in range(0, rows, tile):
-            last = min(first + tile, rows)
-            part = None if bias is None else bias[first:last]
-            out[..., first:last] = F.linear(x, self._decoded(first, last), part)
-        return out
+        is_vector = x.numel() == self.columns and bias is None and self.packed.device.type == "cpu"
+        tracked = torch.is_grad_enabled() and x.requires_grad
+        tile = _TILE_ELEMENTS // self.columns // _TILE_ROW_MULTIPLE * _TILE_ROW_MULTIPLE
+        if is_vector and not tracked and 0 < tile < self.rows:
+            return self._by_tiles(x, tile)
+        return F.linear(x, self._decoded(0, self.rows), bias)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Decode the rows that ``ids`` names."""
-        columns = self.shape[-1]
-        packed = self.packed.view(self.shape[0], -1).index_select(0, ids.reshape(-1))
-        out = torch.empty(*ids.shape, columns, dtype=torch.float32, device=self.device)
-        return dequantize(packed.view(-1), self.form, out).to(self.dtype)
+        packed = self.packed.view(self.rows, self.row_bytes).index_select(0, ids.reshape(-1))
+        out = torch.empty(*ids.shape, self.columns, dtype=torch.float32, device=packed.device)
+        return dequantize(packed, self.form, out).to(self.compute_dtype)
+
+    def _by_tiles(self, x: Tensor, tile: int) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.rows)
+        row = x.reshape(1, self.columns)
+        for number, piece in enumerate(out.view(1, self.rows).split(tile, dim=1)):
+            first = number * tile
+            weight = self._decoded(first, first + piece.shape[1])
+            torch.mm(row, weight.t(), out=piece)
+        return out
 
     def _decoded(self, first: int, last: int) -> Tensor:
-        """Rows ``first`` to ``last`` in the thread's scratch: valid until the next decoding."""
-        columns = self.shape[-1]
-        row_bytes = columns // self.form.elements * self.form.nbytes
-        packed = self.packed.view(-1)[first * row_bytes : last * row_bytes]
-        out = scratch((last - first) * columns) if packed.device.type == "cpu" else None
-        if out is None:
-            out = torch.empty((last - first) * columns, dtype=torch.float32, device=packed.device)
-        return dequantize(packed, self.form, out).view(last - first, columns).to(self.dtype)
+        """Rows ``first`` to ``last``, where possible in the thread's scratch: use them at once."""
+        packed = self.packed[first * self.row_bytes : last * self.row_bytes]
+        elements = (last - first) * self.columns
+        if packed.device.type == "cpu":
+            out = scratch(elements)
+        else:
+            out = torch.empty(elements, dtype=torch.float32, device=packed.device)
+        weight = dequantize(packed, self.form, out).view(last - first, self.columns)
+        return weight if self.compute_dtype == torch.float32 else weight.to(self.compute_dtype)
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """Packed weights are not pickled: the checkpoint is where they are kept."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from distorch.errors import DistorchError, ExecutorError
-from distorch.plan.plan import Plan
+from distorch.plan.plan import Placement, Plan
 from distorch.run.schedule import Fetch, Schedule
-from distorch.tiers import Store
+from distorch.tiers import Lying, Store
 from distorch.tiers.host import HostTier, allocate, view_bytes
 
 __all__ = ["Executor", "Lease", "Stats"]
@@ -29,11 +30,29 @@ _NUM_READERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to use a block's bytes until it is released; ``slot`` is None where it rests."""
+    """The right to use a block's bytes until it is released.
 
-    block: int
+    ``slot`` is None for a block that visits no slot. ``lying`` has its parts where they lie, if
+    they are used there rather than in ``memory``; leases with equal ``where`` have the same bytes.
+    """
+
+    placement: Placement
     memory: Tensor
     slot: int | None = None
+    lying: Lying = ()
+
+    @property
+    def where(self) -> int | None:
+        """What tells apart the places that the bytes of this block can be in."""
+        return -1 if self.lying else self.slot
+
+    def part(self, index: int) -> Tensor:
+        """Return one part's bytes, flat uint8, not a copy."""
+        if self.lying:
+            return torch.frombuffer(self.lying[index], dtype=torch.uint8)
+        block = self.placement.block
+        offset = block.offsets[index]
+        return self.memory[offset : offset + block.parts[index].nbytes]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,7 +60,8 @@ class Stats:
     """What happened so far: bytes, seconds, counts.
 
     ``transfer_seconds`` is the time in which at least one reader was reading; ``waited_seconds``
-    the time compute stood still for it. ``num_unplanned`` counts reads that no schedule foresaw.
+    the time compute stood still for it. ``streamed_bytes`` were moved, ``cached_bytes`` used where
+    the system's page cache held them. ``num_unplanned`` counts reads that no schedule foresaw.
     """
 
     num_steps: int = 0
@@ -49,6 +69,7 @@ class Stats:
     num_visits: int = 0
     num_unplanned: int = 0
     streamed_bytes: int = 0
+    cached_bytes: int = 0
     transfer_seconds: float = 0.0
     waited_seconds: float = 0.0
 
@@ -85,9 +106,11 @@ class _Core:
     changed: threading.Condition = field(default_factory=threading.Condition)
     error: tuple[int, BaseException] | None = None
     closed: bool = False
+    fetches: deque[Fetch] = field(default_factory=deque)
     num_reading: int = 0
     reading_since: float = 0.0
     threads: list[threading.Thread] = field(default_factory=list)
+    lying: list[bool] = field(default_factory=list)
 
 
 class Executor:
@@ -120,6 +143,7 @@ class Executor:
             stores=stores,
             schedule=Schedule(order=plan.streamed_order, num_slots=plan.ring.num_slots),
             slots=[view_bytes(slot) for slot in self._slots],
+            lying=[False] * plan.ring.num_slots,
         )
         self._finalizer = weakref.finalize(self, _close, self._core)
         self._step_began: float | None = None
@@ -139,27 +163,30 @@ class Executor:
         placement = self.plan.placements[block]
         if placement.kind == "resident":
             assert isinstance(self._resident, HostTier), "resident blocks rest in host memory"
-            return Lease(block, self._resident.memory(placement.block))
+            return Lease(placement, self._resident.memory(placement.block))
         if placement.block.looked_up:
-            return self._read_once(block)
+            return self._read_once(placement)
         core = self._core
         with core.changed:
             slot = core.schedule.acquire(block)
-            core.changed.notify_all()  # the window moved: readers may have work
             if slot is None:
                 slot = self._wait_for(block)
             core.stats.num_visits += 1
         # A graph that saved this slot's earlier contents must not run backward on other bytes.
         torch.autograd.graph.increment_version(self.ring)
-        return Lease(block, self._slots[slot], slot)
+        # Mapping is done by the thread that computes: a reader that works takes a core from it.
+        lying = core.stores[placement.tier].view(placement.block) if core.lying[slot] else ()
+        return Lease(placement, self._slots[slot], slot, lying)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back: its slot may be written again."""
+        if lease.lying:
+            self._core.stores[lease.placement.tier].forget(lease.placement.block)
         if lease.slot is None:
             return
         with self._core.changed:
             self._core.schedule.release(lease.slot)
-            self._core.changed.notify_all()
+            _dispatch(self._core)
 
     def read_rows(self, block: int, rows: list[int], out: Tensor) -> None:
         """Copy single rows of a free block into ``out``, uint8 of shape ``(len(rows), row_bytes)``."""
@@ -208,6 +235,8 @@ class Executor:
                 core.changed.notify_all()
                 raise _failure(core, failed, error) from error
             slot = core.schedule.acquire(block)
+            if slot is None and _dispatch(core):
+                slot = core.schedule.acquire(block)
             if slot is not None:
                 core.stats.waited_seconds += time.perf_counter() - began
                 return slot
@@ -219,13 +248,13 @@ class Executor:
                 )
             core.changed.wait()
 
-    def _read_once(self, block: int) -> Lease:
+    def _read_once(self, placement: Placement) -> Lease:
         """Read a block that no schedule brings into memory of its own."""
-        placement = self.plan.placements[block]
         memory = allocate(placement.block.nbytes)
-        self._core.stores[placement.tier].read(placement.block, view_bytes(memory))
+        store = self._core.stores[placement.tier]
+        store.read(placement.block, view_bytes(memory))
         self._core.stats.num_unplanned += 1
-        return Lease(block, memory)
+        return Lease(placement, memory)
 
 
 def _failure(core: _Core, block: int, error: BaseException) -> DistorchError:
@@ -247,6 +276,25 @@ def _start_readers(core: _Core) -> None:
         thread.start()
 
 
+def _dispatch(core: _Core) -> bool:
+    """Do what the schedule wants next (the condition is held); True if a block came at once.
+
+    A block that lies ready needs no reader: to wake one would take a core from the compute.
+    """
+    came = False
+    while core.error is None and (fetch := core.schedule.next_fetch()) is not None:
+        placement = core.plan.placements[fetch.block]
+        core.lying[fetch.slot] = core.stores[placement.tier].lies_ready(placement.block)
+        if core.lying[fetch.slot]:
+            core.schedule.arrived(fetch.slot)
+            core.stats.cached_bytes += placement.block.nbytes
+            came = True
+        else:
+            core.fetches.append(fetch)
+            core.changed.notify()
+    return came
+
+
 def _read_blocks(core: _Core) -> None:
     """A reader's life: take the next fetch, read, say so."""
     while (fetch := _next(core)) is not None:
@@ -260,17 +308,15 @@ def _read_blocks(core: _Core) -> None:
 
 
 def _next(core: _Core) -> Fetch | None:
-    """Sleep until there is something to fetch; None when the executor has closed."""
+    """Sleep until there is something to read; None when the executor has closed."""
     with core.changed:
-        while not core.closed:
-            fetch = None if core.error is not None else core.schedule.next_fetch()
-            if fetch is not None:
-                if core.num_reading == 0:
-                    core.reading_since = time.perf_counter()
-                core.num_reading += 1
-                return fetch
-            core.changed.wait()
-    return None
+        core.changed.wait_for(lambda: core.fetches or core.closed)
+        if core.closed:
+            return None
+        if core.num_reading == 0:
+            core.reading_since = time.perf_counter()
+        core.num_reading += 1
+        return core.fetches.popleft()
 
 
 def _done(core: _Core, fetch: Fetch, nbytes: int, error: BaseException | None) -> None:
@@ -284,6 +330,7 @@ def _done(core: _Core, fetch: Fetch, nbytes: int, error: BaseException | None) -
         else:
             core.schedule.failed(fetch.slot)
             core.error = (fetch.block, error)
+        _dispatch(core)
         core.changed.notify_all()
 
 

@@ -11,10 +11,13 @@ from typing import Protocol
 
 from distorch.plan.blocks import Block, Part
 
-__all__ = ["Destination", "Source", "Store", "destinations"]
+__all__ = ["Destination", "Lying", "Source", "Store", "destinations"]
 
 Destination = tuple[Part, memoryview]
 """A part, and the writable bytes it goes to (exactly ``part.nbytes`` of them)."""
+
+Lying = Sequence[memoryview]
+"""For each part of a block, its bytes where they lie."""
 
 
 class Source(Protocol):
@@ -25,6 +28,15 @@ class Source(Protocol):
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a part, counted from the part's first, one after another."""
+
+    def lies_ready(self, block: Block) -> bool:
+        """Whether a block can be used where it lies, at once and without a copy."""
+
+    def view(self, block: Block) -> Lying:
+        """The parts of a block that lies ready, where they lie; not to be written to."""
+
+    def forget(self, block: Block) -> None:
+        """Say that a viewed block is not in use any more."""
 
     def close(self) -> None:
         """Let go of files and memory."""
@@ -45,7 +57,16 @@ class Store(Protocol):
         """Bring a block to rest here."""
 
     def read(self, block: Block, slot: memoryview) -> None:
-        """Copy a block into a slot, each part at its offset; called from reader threads."""
+        """Copy a block into a slot, each part to its offset; called from reader threads."""
+
+    def lies_ready(self, block: Block) -> bool:
+        """Whether the block can be used where it lies, at once and without a copy."""
+
+    def view(self, block: Block) -> Lying:
+        """The parts of a block that lies ready, where they lie; not to be written to."""
+
+    def forget(self, block: Block) -> None:
+        """Say that a viewed block is not in use any more."""
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a block's only part, one after another, into ``out``."""

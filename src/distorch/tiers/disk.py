@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distorch.errors import StorageError
 from distorch.plan.blocks import Block, Part
-from distorch.tiers import Destination, Source, destinations
+from distorch.tiers import Destination, Lying, Source, destinations
 from distorch.tiers.file_reader import FileReader
 
 __all__ = ["DiskTier"]
@@ -30,6 +30,11 @@ class DiskTier:
         self._spill = None if folder is None else _Spill(folder)
         self._source: Source | None = None
 
+    @property
+    def _read_from(self) -> Source:
+        assert self._source is not None, "a block is read only after it was put"
+        return self._source
+
     def put(self, block: Block, source: Source) -> None:
         """Note where a block lies, or write it to our own file.
 
@@ -44,14 +49,24 @@ class DiskTier:
         self.nbytes += block.nbytes
 
     def read(self, block: Block, slot: memoryview) -> None:
-        """Read a block into a slot, past the page cache unless it is there already."""
-        assert self._source is not None, "a block is read only after it was put"
-        self._source.read(destinations(block, slot))
+        """Read a block past the page cache."""
+        self._read_from.read(destinations(block, slot))
+
+    def lies_ready(self, block: Block) -> bool:
+        """Whether the block is in the page cache, as it is wanted."""
+        return self._read_from.lies_ready(block)
+
+    def view(self, block: Block) -> Lying:
+        """Map a block's parts in the page cache."""
+        return self._read_from.view(block)
+
+    def forget(self, block: Block) -> None:
+        """Unmap them."""
+        self._read_from.forget(block)
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Read single rows of a block's only part."""
-        assert self._source is not None, "a block is read only after it was put"
-        self._source.read_rows(block.parts[0], rows, out)
+        self._read_from.read_rows(block.parts[0], rows, out)
 
     def close(self) -> None:
         """Remove our own file, if there is one."""
@@ -96,6 +111,15 @@ class _Spill:
         for part, offset in zip(block.parts, block.offsets, strict=True):
             self._offsets[part.tensor, part.first_row] = self._end + offset
         self._end += block.nbytes
+
+    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  it was put past the cache
+        return False
+
+    def view(self, block: Block) -> Lying:
+        raise NotImplementedError(block)
+
+    def forget(self, block: Block) -> None:
+        raise NotImplementedError(block)
 
     def read(self, wanted: Sequence[Destination]) -> None:
         self._reader.read([(self._offsets[p.tensor, p.first_row], out) for p, out in wanted])

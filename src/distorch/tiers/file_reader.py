@@ -4,9 +4,7 @@ What is already in the page cache is served from there. What is not is read past
 way that this system has:
 
 1. ``RWF_DONTCACHE`` (Linux 6.14): one buffered read that drops the pages it brought.
-2. ``O_DIRECT`` through a small page-aligned buffer, after ``RWF_NOWAIT`` has said that the bytes
-   are not cached. The question is asked of one page only: a larger one would start the kernel's
-   read-ahead for all of it (measured, Linux 6.18, ext4: 8 MiB asked, 8 MiB cached).
+2. ``O_DIRECT`` through a small page-aligned buffer.
 3. A plain read, and ``POSIX_FADV_DONTNEED`` where that exists.
 
 Measured on this project's machine (2026-11, virtual disk, cold, GB/s): DONTCACHE 1.9-2.2, O_DIRECT
@@ -20,10 +18,10 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from distorch.errors import StorageError
+from distorch.tiers.page_cache import PageCache
 
 __all__ = ["FileReader", "drop_from_cache"]
 
@@ -63,6 +61,7 @@ class FileReader:
             ) from error
         _advise(self._row_fd, "POSIX_FADV_RANDOM")
         self._direct_fd = _open_direct(path)
+        self.cache = PageCache(path)
         self._local = threading.local()
         self._seek_lock = threading.Lock()
         self._way: Callable[[int, Sequence[memoryview]], int] = (
@@ -89,6 +88,7 @@ class FileReader:
             setattr(self, name, -1)
             if fd >= 0:
                 os.close(fd)
+        self.cache.close()
 
     def _fill(
         self,
@@ -126,12 +126,13 @@ class FileReader:
             return self._way(offset, buffers)
 
     def _read_direct(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        if self._is_cached(offset):
+        wanted_bytes = sum(map(len, buffers))
+        if self.cache.has(offset, wanted_bytes):
             return os.preadv(self._fd, _first_bytes(buffers), offset)
         bounce = self._bounce()
         start = offset // _PAGE * _PAGE
         try:
-            wanted = min(sum(map(len, buffers)) + offset - start, _BOUNCE_BYTES)
+            wanted = min(wanted_bytes + offset - start, _BOUNCE_BYTES)
             count = os.preadv(self._direct_fd, [bounce[: -(-wanted // _PAGE) * _PAGE]], start)
         except OSError as error:
             if error.errno != errno.EINVAL:
@@ -163,17 +164,6 @@ class FileReader:
         if hasattr(os, "preadv"):
             return os.preadv(self._row_fd, buffers, offset)
         return self._read_plain(offset, buffers)
-
-    def _is_cached(self, offset: int) -> bool:
-        """Ask of one page whether it is in the page cache, and leave none behind by asking."""
-        flag = getattr(os, "RWF_NOWAIT", None)
-        if flag is None:
-            return False
-        with suppress(OSError):  # EAGAIN: it is not there; EOPNOTSUPP: nobody knows
-            if os.preadv(self._row_fd, [bytearray(1)], offset, flag):
-                return True
-        _advise(self._row_fd, "POSIX_FADV_DONTNEED", offset // _PAGE * _PAGE, _PAGE)
-        return False
 
     def _bounce(self) -> memoryview:
         """Return this thread's page-aligned buffer for direct reads."""

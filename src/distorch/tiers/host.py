@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distorch.plan.blocks import Block
-from distorch.tiers import Source, destinations
+from distorch.tiers import Lying, Source, destinations
 
 __all__ = ["HostTier", "allocate", "view_bytes"]
 
@@ -64,6 +64,17 @@ class HostTier:
     def read(self, block: Block, slot: memoryview) -> None:
         """Copy a block into a slot."""
         torch.frombuffer(slot, dtype=torch.uint8)[: block.nbytes].copy_(self._blocks[block.name])
+
+    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  it is copied
+        """Nothing is used where it lies."""
+        return False
+
+    def view(self, block: Block) -> Lying:
+        """Nothing is used where it lies."""
+        raise NotImplementedError(block)
+
+    def forget(self, block: Block) -> None:
+        """Nothing is used where it lies."""
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a block's only part."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from distorch.plan.blocks import Block
-from distorch.tiers import Source
+from distorch.tiers import Lying, Source
 
 __all__ = ["NullTier"]
 
@@ -20,7 +20,7 @@ class NullTier:
     >>> tier = NullTier("disk", bytes_per_second=1e9, wait=lambda seconds: print(f"{seconds:.3f} s"))
     >>> from distorch.plan.blocks import Part
     >>> part = Part(tensor="w", dtype="U8", shape=(1 << 20,), nbytes=1 << 20)
-    >>> tier.read(Block(name="w", parts=(part,), module="w"), memoryview(b""))
+    >>> _ = tier.read(Block(name="w", parts=(part,), module="w"), memoryview(b""))
     0.001 s
     """
 
@@ -46,6 +46,17 @@ class NullTier:
         self.reads.append(block.name)
         if self._bytes_per_second:
             self._wait(block.nbytes / self._bytes_per_second)
+
+    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  it is copied
+        """Nothing is used where it lies."""
+        return False
+
+    def view(self, block: Block) -> Lying:
+        """Nothing is used where it lies."""
+        raise NotImplementedError(block)
+
+    def forget(self, block: Block) -> None:
+        """Nothing is used where it lies."""
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Note a look-up."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from distorch.tiers import Destination
+from distorch.formats import DTYPES, TensorInfo
+from distorch.plan.blocks import ALIGNMENT_BYTES, Block, Part
+from distorch.tiers import Destination, Lying
 from distorch.tiers.file_reader import FileReader
 
-if TYPE_CHECKING:
-    from distorch.formats import TensorInfo
-    from distorch.plan.blocks import Part
-
 __all__ = ["Amend", "FileSource", "MemorySource"]
+
+_GAP_BYTES = 4096
+_SMALL_BYTES = 64 << 10
+
+_Span = tuple[Path, int, int]
+"""A file, an offset in it, and bytes from there on."""
 
 Amend = Callable[[memoryview], None]
 """Changes a tensor's bytes in place, from how a file keeps it to how the model wants it."""
@@ -32,6 +35,7 @@ class FileSource:
         self._infos = infos
         self._amend = amend or {}
         self._readers: dict[Path, FileReader] = {}
+        self._spans: dict[str, Sequence[_Span]] = {}
         for info in infos.values():
             if info.path not in self._readers:
                 self._readers[info.path] = FileReader(info.path)
@@ -57,6 +61,50 @@ class FileSource:
         for place, row in enumerate(rows):
             offset = self._offset(part) + row * row_bytes
             reader.read_small(offset, out[place * row_bytes : (place + 1) * row_bytes])
+
+    def lies_ready(self, block: Block) -> bool:
+        """Whether a block is in the page cache and may be used as it lies there.
+
+        Small parts are not worth a map; amended ones are not what the file holds; dense ones must
+        be aligned, since they go into matrix products as they are.
+        """
+        spans = self._spans_of(block)
+        return bool(spans) and all(self._readers[path].cache.has(at, size) for path, at, size in spans)
+
+    def view(self, block: Block) -> Lying:
+        """Map a block that lies ready."""
+        for path, at, size in self._spans_of(block):
+            self._readers[path].cache.populate(at, size)
+        return [
+            self._readers[self._infos[part.tensor].path].cache.view(self._offset(part), part.nbytes)
+            for part in block.parts
+        ]
+
+    def forget(self, block: Block) -> None:
+        """Unmap them."""
+        for path, at, size in self._spans_of(block):
+            self._readers[path].cache.forget(at, size)
+
+    def _spans_of(self, block: Block) -> Sequence[_Span]:
+        """The runs of a file that hold a block; none if it cannot be used there."""
+        if block.name not in self._spans:
+            usable = all(self._usable(part) for part in block.parts)
+            spans: list[_Span] = []
+            for part in sorted(block.parts, key=self._offset) if usable else ():
+                path, at = self._infos[part.tensor].path, self._offset(part)
+                last = spans[-1] if spans else (path, -_GAP_BYTES - 1, 0)
+                if last[0] == path and 0 <= at - (last[1] + last[2]) <= _GAP_BYTES:
+                    spans[-1] = (path, last[1], at + part.nbytes - last[1])
+                else:
+                    spans.append((path, at, part.nbytes))
+            self._spans[block.name] = spans
+        return self._spans[block.name]
+
+    def _usable(self, part: Part) -> bool:
+        if part.nbytes < _SMALL_BYTES or part.tensor in self._amend:
+            return False
+        dense = DTYPES[part.dtype].block_elements == 1
+        return not dense or self._offset(part) % ALIGNMENT_BYTES == 0
 
     def close(self) -> None:
         """Close the files."""
@@ -89,6 +137,17 @@ class MemorySource:
             out[place * row_bytes : (place + 1) * row_bytes] = self._memory[part.tensor][
                 start : start + row_bytes
             ]
+
+    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  its owner may change it
+        """Nothing is used where it lies."""
+        return False
+
+    def view(self, block: Block) -> Lying:
+        """Nothing is used where it lies."""
+        raise NotImplementedError(block)
+
+    def forget(self, block: Block) -> None:
+        """Nothing is used where it lies."""
 
     def close(self) -> None:
         """Let go of the memory."""

