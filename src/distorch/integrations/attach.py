@@ -20,7 +20,8 @@ from distorch.machine import Machine
 from distorch.plan.blocks import cut
 from distorch.plan.plan import Plan
 from distorch.plan.planner import make_plan
-from distorch.run.executor import Executor, Stats
+from distorch.run.executor import Executor
+from distorch.run.stats import Stats
 from distorch.tiers import Source, Store
 from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier, view_bytes

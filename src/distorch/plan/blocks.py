@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 __all__ = ["ALIGNMENT_BYTES", "Block", "Node", "Part", "TensorSpec", "aligned", "cut"]
 
@@ -130,7 +130,8 @@ def _cut(node: Node, target_bytes: int, free: set[str], seen: set[str]) -> Itera
         specs = [spec for inner in node.walk() for spec in inner.tensors]
         yield from _blocks(node, specs, free, seen)
         return
-    yield from _blocks(node, node.tensors, free, seen)
+    own = free if node.callable else free | {spec.name for spec in node.tensors if spec.nbytes}
+    yield from _blocks(node, node.tensors, own, seen)
     for child in node.children:
         yield from _cut(child, target_bytes, free, seen)
 
@@ -170,10 +171,11 @@ def _can_cut(spec: TensorSpec) -> bool:
 def _row_runs(spec: TensorSpec) -> Iterator[Block]:
     rows = spec.shape[0] if spec.shape else 1
     runs = max(1, rows // _ROWS) if _can_cut(spec) else 1
-    step = rows if runs == 1 else -(-(-(-rows // runs)) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    units = rows // _ROW_MULTIPLE  # dealt evenly: a short last run would add in another order
+    firsts = [units * run // runs * _ROW_MULTIPLE for run in range(runs)]
     row_bytes = spec.nbytes // max(rows, 1)
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
+    for first, end in pairwise([*firsts, rows]):
+        count = end - first
         part = Part(
             tensor=spec.name,
             dtype=spec.dtype,

@@ -129,11 +129,36 @@ class Plan:
             data["placements"] = tuple(_placement(item) for item in data["placements"])
             data["ring"] = Ring(**data["ring"])
             data["notes"] = tuple(data["notes"])
-            return cls(**data)
+            plan = cls(**data)
+            _check(plan)
+            return plan
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FormatError(
                 f"not a plan of this version: {error}", hint="write it again with `distorch plan`"
             ) from error
+
+
+def _check(plan: Plan) -> None:
+    """Refuse what JSON can say and no plan does: the executor takes sizes at their word."""
+    numbers: list[Any] = [plan.ring.num_slots, plan.ring.slot_bytes]
+    texts: list[Any] = [plan.compute, plan.allocation, *plan.notes]
+    for placement in plan.placements:
+        block = placement.block
+        texts += [placement.tier, block.name, block.module or ""]
+        for part in block.parts:
+            numbers += [part.nbytes - 1, part.first_row, *part.shape]
+            texts += [part.tensor, part.dtype]
+        if not block.parts or type(block.looked_up) is not bool:
+            raise ValueError(f"block {block.name} is no block")
+        if placement.kind != ("resident" if placement.tier == plan.compute else "streamed"):
+            raise ValueError(f"block {block.name} is {placement.kind} on {placement.tier}")
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError("a size is not a whole number from 0 up")
+    if any(type(text) is not str for text in texts):
+        raise ValueError("a name is not text")
+    largest = max((plan.placements[i].block.nbytes for i in plan.streamed_order), default=0)
+    if largest and (plan.ring.num_slots < 1 or plan.ring.slot_bytes < largest):
+        raise ValueError(f"slots of {plan.ring.slot_bytes} bytes, and a block of {largest}")
 
 
 def _placement(item: dict[str, Any]) -> Placement:

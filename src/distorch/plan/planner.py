@@ -52,7 +52,8 @@ def make_plan(
     resolved = allocation.resolve(model_bytes, machine, compute)
     resident = _resident(blocks, resolved.bytes_on(resolved.compute))
     streamed = [index for index in range(len(blocks)) if index not in resident]
-    tiers, notes = _deal(blocks, streamed, resolved)
+    rest = next((entry.device for entry in allocation.entries if entry.rest), None)
+    tiers, notes = _deal(blocks, streamed, resolved, rest)
     placements = tuple(
         Placement(block=block, tier=tiers[index], kind="streamed")
         if index in tiers
@@ -67,7 +68,24 @@ def make_plan(
         notes=resolved.notes + notes,
     )
     visitors = [blocks[index] for index in plan.streamed_order]
-    return replace(plan, ring=_ring(visitors, ring_bytes))
+    plan = replace(plan, ring=_ring(visitors, ring_bytes))
+    _check_room(plan, machine)
+    return plan
+
+
+def _check_room(plan: Plan, machine: Machine) -> None:
+    """Refuse what whole blocks and the ring add to a line that fitted."""
+    held: Counter[str] = Counter({machine.tier(plan.compute).name: plan.ring.nbytes})
+    for name, nbytes in plan.bytes_by_tier.items():
+        tier = machine.tier(name)
+        held[tier.name] += nbytes
+        over_bytes = held[tier.name] - tier.free_bytes
+        if over_bytes > 0:
+            what = "its weights and the ring" if name == plan.compute else "whole blocks"
+            raise AllocationError(
+                f"{what} need {gib(over_bytes)} more than {name} has free",
+                hint=f"an amount for {name} that is smaller by {over_bytes}b",
+            )
 
 
 def _resident(blocks: Sequence[Block], budget_bytes: int) -> set[int]:
@@ -85,7 +103,9 @@ def _resident(blocks: Sequence[Block], budget_bytes: int) -> set[int]:
     for index in visited:
         if blocks[index].nbytes <= _TINY_BYTES:
             keep(index)
-    for index in _spread(blocks, [i for i in visited if i not in chosen], left_bytes):
+    candidates = [index for index in visited if index not in chosen]
+    fitting = sum(blocks[index].nbytes for index in _spread(blocks, candidates, left_bytes))
+    for index in _spread(blocks, candidates, fitting):  # what cannot be used would skew the spread
         keep(index)
     for index in (*visited, *range(len(blocks))):  # what rounding left over, then looked-up rows
         keep(index)
@@ -107,7 +127,7 @@ def _spread(blocks: Sequence[Block], candidates: Sequence[int], budget_bytes: in
 
 
 def _deal(
-    blocks: Sequence[Block], streamed: Sequence[int], resolved: Resolved
+    blocks: Sequence[Block], streamed: Sequence[int], resolved: Resolved, rest: str | None
 ) -> tuple[dict[int, str], tuple[str, ...]]:
     """Deal streamed blocks to the donors in proportion to their bytes, mixed in execution order.
 
@@ -124,7 +144,7 @@ def _deal(
             f"{gib(short)} of the model have no place on {resolved.compute} and no donor is named",
             hint=f"{resolved.compute},*;disk,0b",
         )
-    last = donors[-1]
+    last = rest if rest in donors else donors[-1]
     tiers: dict[int, str] = {}
     held = dict.fromkeys(donors, 0)
     for index in streamed:

@@ -52,6 +52,7 @@ class Schedule:
     def __init__(self, *, order: Sequence[int], num_slots: int) -> None:
         self.slots = [Slot() for _ in range(num_slots)]
         self._urgent: int | None = None
+        self._failed: set[int] = set()  # not tried again before somebody needs them
         self._step: list[int] | None = None
         self._set_order(order)
 
@@ -59,6 +60,11 @@ class Schedule:
     def order(self) -> tuple[int, ...]:
         """The visits of one step, as last seen (or as the plan guessed before the first)."""
         return self._order
+
+    @property
+    def urgent(self) -> int | None:
+        """The block that compute waits for now."""
+        return self._urgent
 
     def begin_step(self) -> None:
         """Say that a step begins; its visits are recorded."""
@@ -77,6 +83,7 @@ class Schedule:
         slot = self._find(block)
         if slot is None or not self.slots[slot].arrived:
             self._urgent = block
+            self._failed.discard(block)
             self._advance_to(block)
             return None
         self._urgent = None
@@ -89,6 +96,7 @@ class Schedule:
 
     def release(self, slot: int) -> None:
         """Give a lease back."""
+        assert self.slots[slot].num_leases > 0, "a lease is given back once"
         self.slots[slot].num_leases -= 1
 
     def arrived(self, slot: int) -> None:
@@ -96,7 +104,12 @@ class Schedule:
         self.slots[slot].arrived = True
 
     def failed(self, slot: int) -> None:
-        """Say that a fetch has failed: the slot is empty again."""
+        """Say that a fetch has failed: the slot is empty, and the block waits until it is needed."""
+        block = self.slots[slot].block
+        assert block is not None, "a fetch was under way"
+        self._failed.add(block)
+        if block == self._urgent:
+            self._urgent = None
         self.slots[slot] = Slot()
 
     def next_fetch(self) -> Fetch | None:
@@ -117,8 +130,9 @@ class Schedule:
         return all(slot.num_leases for slot in self.slots)
 
     def _wanted(self) -> Iterator[int]:
-        """The next distinct blocks, as many as there are slots that no lease holds."""
+        """The next distinct blocks that no lease holds, as many as there are slots for them."""
         room = sum(slot.num_leases == 0 for slot in self.slots)
+        leased = {slot.block for slot in self.slots if slot.num_leases}
         seen: set[int] = set()
         if self._urgent is not None and room:
             seen.add(self._urgent)
@@ -127,7 +141,7 @@ class Schedule:
             if len(seen) >= room:
                 return
             block = self._order[(self._cursor + ahead) % len(self._order)]
-            if block not in seen:
+            if block not in seen and block not in leased and block not in self._failed:
                 seen.add(block)
                 yield block
 

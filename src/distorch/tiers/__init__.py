@@ -77,6 +77,7 @@ class Store(Protocol):
 
 def destinations(block: Block, memory: memoryview) -> list[Destination]:
     """Pair each part of a block with its bytes in the block's memory."""
+    assert len(memory) >= block.nbytes, "a block fits the memory it is read into"
     return [
         (part, memory[offset : offset + part.nbytes])
         for part, offset in zip(block.parts, block.offsets, strict=True)

@@ -87,7 +87,12 @@ class _Spill:
                 hint='another folder: "cpu,64mb;disk:/path/to/folder,*"',
             ) from error
         self._path = Path(name)
-        self._reader = FileReader(self._path)
+        try:
+            self._reader = FileReader(self._path)
+        except BaseException:
+            os.close(self._fd)
+            self._path.unlink(missing_ok=True)
+            raise
         self._named = True
         if os.name == "posix":
             self._path.unlink()

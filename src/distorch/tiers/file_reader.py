@@ -1,14 +1,9 @@
 """Reads ranges of a file into given memory without filling the page cache.
 
-What is already in the page cache is served from there. What is not is read past it, by the first
-way that this system has:
-
-1. ``RWF_DONTCACHE`` (Linux 6.14): one buffered read that drops the pages it brought.
-2. ``O_DIRECT`` through a small page-aligned buffer.
-3. A plain read, and ``POSIX_FADV_DONTNEED`` where that exists.
-
-Measured on this project's machine (2026-11, virtual disk, cold, GB/s): DONTCACHE 1.9-2.2, O_DIRECT
-1.5-1.7, plain buffered 1.9.
+Past it with ``O_DIRECT`` where that works; else through it, with the pages dropped afterwards. What
+is in the page cache already is copied from there. (``RWF_DONTCACHE`` of Linux 6.14 would do all
+three in one call, but with several readers it left most of a file in the cache here; measured on
+Linux 6.18, ext4, 2026-11.)
 """
 
 from __future__ import annotations
@@ -17,26 +12,38 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from distorch.errors import StorageError
 from distorch.tiers.page_cache import PageCache
 
 __all__ = ["FileReader", "drop_from_cache"]
 
-_RWF_DONTCACHE = 0x80  # include/uapi/linux/fs.h; not yet named in Python's os
 _PAGE = mmap.PAGESIZE
-_BOUNCE_BYTES = 4 << 20
+_BOUNCE_BYTES = 4 << 20  # one direct read; smaller ones are slower, larger ones leave the cache
 _GAP_BYTES = 4096  # padding between neighbours that is cheaper to read than to seek over
 _MAX_BUFFERS = 512  # of one preadv; POSIX allows 1,024 on Linux
 _MAX_CALL_BYTES = 8 << 20  # a reader that is told to stop should not be deep in a long call
+_FOLIO_BYTES = 256 << 10  # the system caches in pieces of up to this, and drops whole ones only
 
 Segment = tuple[int, memoryview]
 
 
+class _Thread(threading.local):
+    """Each thread's page-aligned buffer for direct reads, shared by all files it reads."""
+
+    bounce: memoryview | None = None
+
+
+_thread = _Thread()
+
+
 class FileReader:
-    """Reads one file from several threads; ``close()`` it.
+    """Reads one file from several threads; ``close()`` it, or forget it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -52,21 +59,25 @@ class FileReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        handles: list[int] = []
+        self.close = weakref.finalize(self, _close_all, handles)
+        """Close the file's handles."""
         try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            self._row_fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            handles.append(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+            handles.append(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
         except OSError as error:
+            self.close()
             raise StorageError(
                 f"{path} cannot be opened: {error.strerror}", hint="check the path and its rights"
             ) from error
+        self._fd, self._row_fd = handles
         _advise(self._row_fd, "POSIX_FADV_RANDOM")
         self._direct_fd = _open_direct(path)
+        if self._direct_fd >= 0:
+            handles.append(self._direct_fd)
         self.cache = PageCache(path)
-        self._local = threading.local()
         self._seek_lock = threading.Lock()
-        self._way: Callable[[int, Sequence[memoryview]], int] = (
-            self._read_dontcache if hasattr(os, "preadv") else self._read_plain
-        )
+        self._way = self._read_direct if self._direct_fd >= 0 else self._read_and_drop
 
     def read(self, segments: Sequence[Segment]) -> None:
         """Fill each segment's memory from its offset in the file.
@@ -75,32 +86,24 @@ class FileReader:
             StorageError: the file ends early or cannot be read.
         """
         for offset, buffers in _runs(segments):
-            self._fill(self._way, offset, buffers)
+            cached = self.cache.has(offset, sum(map(len, buffers)))
+            self._fill(self._read_plain if cached else None, offset, buffers)
 
     def read_small(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` from a place nothing else near is wanted from: no read-ahead."""
         self._fill(self._read_row, offset, [out])
 
-    def close(self) -> None:
-        """Close the file's handles."""
-        for name in ("_fd", "_row_fd", "_direct_fd"):
-            fd = getattr(self, name)
-            setattr(self, name, -1)
-            if fd >= 0:
-                os.close(fd)
-        self.cache.close()
-
     def _fill(
         self,
-        way: Callable[[int, Sequence[memoryview]], int],
+        way: Callable[[int, Sequence[memoryview]], int] | None,
         offset: int,
         buffers: Sequence[memoryview],
     ) -> None:
-        """Call ``way`` until the buffers are full; it may read less than asked."""
+        """Read until the buffers are full: the given way, or the one that works past the cache."""
         left = list(buffers)
         while left:
             try:
-                count = way(offset, left)
+                count = (way or self._way)(offset, left)
             except OSError as error:
                 raise StorageError(
                     f"{self.path} cannot be read: {error.strerror or error}",
@@ -113,26 +116,15 @@ class FileReader:
                 )
             offset += count
             left = _after(left, count)
-            if way is not self._read_row:
-                way = self._way  # it may have learnt that this system lacks the first way
-
-    def _read_dontcache(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        try:
-            return os.preadv(self._fd, _first_bytes(buffers), offset, _RWF_DONTCACHE)
-        except OSError as error:
-            if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
-                raise
-            self._way = self._read_direct if self._direct_fd >= 0 else self._read_and_drop
-            return self._way(offset, buffers)
 
     def _read_direct(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        wanted_bytes = sum(map(len, buffers))
-        if self.cache.has(offset, wanted_bytes):
-            return os.preadv(self._fd, _first_bytes(buffers), offset)
-        bounce = self._bounce()
+        """Read into the thread's aligned buffer, and copy: blocks begin anywhere in a file."""
+        if _thread.bounce is None:
+            _thread.bounce = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
+        bounce = _thread.bounce
         start = offset // _PAGE * _PAGE
+        wanted = min(sum(map(len, buffers)) + offset - start, _BOUNCE_BYTES)
         try:
-            wanted = min(wanted_bytes + offset - start, _BOUNCE_BYTES)
             count = os.preadv(self._direct_fd, [bounce[: -(-wanted // _PAGE) * _PAGE]], start)
         except OSError as error:
             if error.errno != errno.EINVAL:
@@ -141,36 +133,32 @@ class FileReader:
             return self._read_and_drop(offset, buffers)
         done = offset - start
         for buffer in buffers:
-            part = bounce[done : min(done + len(buffer), count)]
-            buffer[: len(part)] = part
-            done += len(part)
+            size = max(0, min(len(buffer), count - done))
+            # numpy lets go of the interpreter while it copies; a slice of a memoryview does not
+            np.frombuffer(buffer, np.uint8)[:size] = np.frombuffer(bounce, np.uint8, size, done)
+            done += size
         return max(0, done - (offset - start))
 
     def _read_and_drop(self, offset: int, buffers: Sequence[memoryview]) -> int:
         count = self._read_plain(offset, buffers)
-        _advise(self._fd, "POSIX_FADV_DONTNEED", offset, count)
+        begin = max(0, offset - _FOLIO_BYTES)
+        _advise(self._fd, "POSIX_FADV_DONTNEED", begin, offset + count + _FOLIO_BYTES - begin)
         return count
 
     def _read_plain(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, _first_bytes(buffers), offset)
-        with self._seek_lock:  # a system without positioned reads
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            data = os.read(self._fd, min(len(buffers[0]), _MAX_CALL_BYTES))
-        buffers[0][: len(data)] = data
-        return len(data)
+        return self._read_at(self._fd, offset, _first_bytes(buffers))
 
     def _read_row(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._row_fd, buffers, offset)
-        return self._read_plain(offset, buffers)
+        return self._read_at(self._row_fd, offset, buffers)
 
-    def _bounce(self) -> memoryview:
-        """Return this thread's page-aligned buffer for direct reads."""
-        if not hasattr(self._local, "bounce"):
-            self._local.bounce = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
-        bounce: memoryview = self._local.bounce
-        return bounce
+    def _read_at(self, fd: int, offset: int, buffers: Sequence[memoryview]) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(fd, buffers, offset)
+        with self._seek_lock:  # a system without positioned reads
+            os.lseek(fd, offset, os.SEEK_SET)
+            data = os.read(fd, min(len(buffers[0]), _MAX_CALL_BYTES))
+        buffers[0][: len(data)] = data
+        return len(data)
 
 
 def drop_from_cache(path: Path) -> None:
@@ -182,9 +170,14 @@ def drop_from_cache(path: Path) -> None:
         os.close(fd)
 
 
+def _close_all(handles: list[int]) -> None:
+    while handles:
+        os.close(handles.pop())
+
+
 def _open_direct(path: Path) -> int:
     flag = getattr(os, "O_DIRECT", None)
-    if flag is None:
+    if flag is None or not hasattr(os, "preadv"):
         return -1
     try:
         return os.open(path, os.O_RDONLY | flag)
@@ -201,7 +194,8 @@ def _advise(fd: int, advice: str, offset: int = 0, nbytes: int = 0) -> None:
 def _runs(segments: Sequence[Segment]) -> Iterator[tuple[int, list[memoryview]]]:
     """Join segments that lie side by side in the file, so that each run is one read."""
     junk = memoryview(bytearray(_GAP_BYTES))
-    start, end, buffers = 0, -1, []
+    start, end = 0, -1
+    buffers: list[memoryview] = []
     for offset, memory in sorted(segments, key=lambda segment: segment[0]):
         if not len(memory):
             continue

@@ -78,6 +78,8 @@ class HostTier:
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a block's only part."""
+        if not rows:
+            return
         part = block.parts[0]
         table = self._blocks[block.name][: part.nbytes].view(part.shape[0], -1)
         chosen = torch.frombuffer(out, dtype=torch.uint8).view(len(rows), -1)

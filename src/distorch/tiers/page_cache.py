@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = ["PageCache"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # Linux 5.14; not named in Python's mmap
+_MAP_NORESERVE = 0x4000  # Linux; not named in Python's mmap before 3.13
 
 
 class PageCache:
@@ -46,9 +48,16 @@ class PageCache:
         if not _tells(path):
             return
         with suppress(OSError, ValueError), path.open("rb") as file:  # empty, or no address space
-            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            # Private and writable: torch has no read-only tensors, and a write that a user makes to
+            # a weight stays in this process. Without reserve, its size is not held against us.
+            self._map = mmap.mmap(
+                file.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
             self._address = np.frombuffer(self._map, np.uint8).ctypes.data
-            self._bytes = _writable(self._map, self._address)
+            self._bytes = memoryview(self._map)
 
     def has(self, offset: int, nbytes: int) -> bool:
         """Ask whether the system holds all of a range now."""
@@ -68,10 +77,7 @@ class PageCache:
                 self._map.madvise(_MADV_POPULATE_READ, start, offset + nbytes - start)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        """Return a range of the file in place.
-
-        The view must not be written to: the map is read-only, whatever the view says.
-        """
+        """Return a range of the file in place; what is written to it never reaches the file."""
         return self._bytes[offset : offset + nbytes]
 
     def forget(self, offset: int, nbytes: int) -> None:
@@ -94,17 +100,10 @@ def _mincore() -> Any:  # noqa: ANN401  (a function of the C library)
 
 def _tells(path: Path) -> bool:
     """Whether ``mincore`` says the truth about a file: only to those who might write it."""
-    if not hasattr(mmap, "MADV_DONTNEED") or not hasattr(os, "geteuid"):
+    if sys.platform != "linux":
         return False
     try:
         _mincore()
         return path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK)
     except (OSError, AttributeError):
         return False
-
-
-def _writable(mapped: mmap.mmap, address: int) -> memoryview:
-    """The map's bytes as torch accepts them without a warning: it has no read-only tensors."""
-    array = (ctypes.c_ubyte * len(mapped)).from_address(address)
-    array.owner = mapped  # type: ignore[attr-defined]  # the map lives as long as any view of it
-    return memoryview(array).cast("B")

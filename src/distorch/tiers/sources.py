@@ -36,9 +36,13 @@ class FileSource:
         self._amend = amend or {}
         self._readers: dict[Path, FileReader] = {}
         self._spans: dict[str, Sequence[_Span]] = {}
-        for info in infos.values():
-            if info.path not in self._readers:
-                self._readers[info.path] = FileReader(info.path)
+        try:
+            for info in infos.values():
+                if info.path not in self._readers:
+                    self._readers[info.path] = FileReader(info.path)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, wanted: Sequence[Destination]) -> None:
         """Copy each part's bytes from its file: neighbours in one read."""
@@ -56,6 +60,7 @@ class FileSource:
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows from their file."""
+        assert part.tensor not in self._amend, "what is amended is read whole"
         reader = self._readers[self._infos[part.tensor].path]
         row_bytes = part.nbytes // part.shape[0]
         for place, row in enumerate(rows):

@@ -212,6 +212,10 @@ def rewrite(folder: Path, **config: Any) -> None:
     (folder / "config.json").write_text(json.dumps(found | config))
 
 
+def resize(folder: Path, num_layers: int) -> None:
+    rewrite(folder, num_hidden_layers=num_layers, layer_types=["full_attention"] * num_layers)
+
+
 def edit_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
     path = folder / "model.safetensors"
     held = load_file(path) | tensors
@@ -228,11 +232,12 @@ NORM = "model.layers.1.input_layernorm.weight"
         (lambda d: (d / "config.json").write_text("{"), r"config\.json"),
         (lambda d: (d / "config.json").write_text("[]"), r"config\.json"),
         (lambda d: rewrite(d, model_type="unheard-of", architectures=["X"]), "unheard-of"),
-        (lambda d: rewrite(d, num_attention_heads=0), ""),
-        (lambda d: rewrite(d, num_hidden_layers=4), r"lacks model\.layers\.3"),
-        (lambda d: rewrite(d, num_hidden_layers=2), r"holds model\.layers\.2"),
+        (lambda d: rewrite(d, num_attention_heads=0), None),
+        (lambda d: resize(d, 4), r"lacks model\.layers\.3"),
+        (lambda d: resize(d, 2), r"holds model\.layers\.2"),
+        (lambda d: rewrite(d, num_hidden_layers=2), "layer_types"),
         (lambda d: rewrite(d, intermediate_size=128), "shape"),
-        (lambda d: rewrite(d, dtype="banana"), ""),
+        (lambda d: rewrite(d, dtype="banana"), None),
         (lambda d: edit_tensors(d, **{NORM: None}), f"lacks {NORM}"),
         (lambda d: edit_tensors(d, **{NORM: torch.ones(65)}), f"{NORM} has shape"),
         (lambda d: edit_tensors(d, extra=torch.ones(3)), "holds extra"),
@@ -242,11 +247,11 @@ NORM = "model.layers.1.input_layernorm.weight"
             r"generation_config\.json",
         ),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 @pytest.mark.parametrize("line", ["cpu,*", "cpu,0b;disk,*"])
 def test_a_directory_that_cannot_be_loaded_says_why_before_anything_runs(
-    spoil: Any, says: str, line: str, tmp_path: Path
+    spoil: Any, says: str | None, line: str, tmp_path: Path
 ) -> None:
     save(tmp_path, CONFIGS["qwen3"], torch.bfloat16)
     spoil(tmp_path)

@@ -1,0 +1,211 @@
+"""The threads that fill the ring: they do what the schedule says, and tell it what has arrived."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from distorch.errors import DistorchError, ExecutorError
+from distorch.plan.plan import Plan
+from distorch.run.schedule import Fetch, Schedule
+from distorch.run.stats import Stats
+from distorch.tiers import Store
+
+__all__ = ["Readers"]
+
+_NUM_READERS = 2
+
+
+class Readers:
+    """Serves one compute thread from the stores of a plan, through the slots of its ring.
+
+    It does not know the executor, so that one can be forgotten and collected while readers sleep.
+    The threads start when a block is first waited for, and end with `close`.
+    """
+
+    def __init__(
+        self, plan: Plan, stores: Mapping[str, Store], slots: Sequence[memoryview]
+    ) -> None:
+        self._plan = plan
+        self._stores = stores
+        self._slots = list(slots)
+        self._schedule = Schedule(order=plan.streamed_order, num_slots=len(slots))
+        self._lies = [False] * len(slots)
+        self._fetches: deque[Fetch] = deque()
+        self._errors: dict[int, BaseException] = {}
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+        self._ended_by: threading.Thread | None = None
+        self._num_reading = 0
+        self._reading_since = 0.0
+        self._stats = Stats()
+        lock = threading.RLock()  # a collection inside it may close this very object
+        self._arrived = threading.Condition(lock)
+        self._work = threading.Condition(lock)
+
+    def stats(self) -> Stats:
+        """Return the counters so far."""
+        with self._arrived:
+            return replace(self._stats)
+
+    def take(self, block: int) -> tuple[int, bool]:
+        """Wait for a block and lease it: its slot, and whether it lies ready instead of in it.
+
+        Raises:
+            ExecutorError: it cannot be read, all slots are held, or `close` was called.
+        """
+        with self._arrived:
+            self.check_open()
+            self._errors.pop(block, None)  # a prefetch that failed is tried again now
+            slot = self._schedule.acquire(block)
+            if slot is None:
+                slot = self._wait_for(block)
+            self._stats.num_visits += 1
+            return slot, self._lies[slot]
+
+    def give_back(self, slot: int) -> None:
+        """End a lease; what the freed slot lets come begins to come."""
+        with self._arrived:
+            self._schedule.release(slot)
+            self._dispatch()
+
+    def begin_step(self) -> None:
+        """Say that a forward pass begins."""
+        with self._arrived:
+            self._schedule.begin_step()
+
+    def end_step(self, seconds: float | None) -> None:
+        """Say that it has ended, after so many seconds; None for one that was abandoned."""
+        with self._arrived:
+            self._schedule.end_step(complete=seconds is not None)
+            self._dispatch()  # the order may be another now
+            if seconds is not None:
+                self._stats.num_steps += 1
+                self._stats.step_seconds += seconds
+
+    def count_unplanned(self) -> None:
+        """Count a read that went past the schedule."""
+        self._stats.num_unplanned += 1
+
+    def check_open(self) -> None:
+        """Raise ExecutorError after `close`."""
+        if self._closed:
+            raise ExecutorError("the model is no longer distributed", hint="distribute it again")
+
+    def close(self) -> None:
+        """End the threads, then close the stores."""
+        with self._arrived:
+            if self._closed:
+                return
+            self._closed = True
+            self._work.notify_all()
+            self._arrived.notify_all()
+        if threading.current_thread() in self._threads:
+            # A reader's garbage collection brought us here: it cannot wait for itself, so it
+            # finishes when it has left its loop.
+            self._ended_by = threading.current_thread()
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        for store in self._stores.values():
+            store.close()
+        self._slots.clear()
+
+    def _wait_for(self, block: int) -> int:
+        """Sleep until the block has arrived (the lock is held)."""
+        began = time.perf_counter()
+        while True:
+            self.check_open()
+            error = self._errors.pop(block, None)
+            if error is not None:
+                raise self.failure(block, error) from error
+            self._dispatch()
+            slot = self._schedule.acquire(block)
+            if slot is not None:
+                self._stats.waited_seconds += time.perf_counter() - began
+                return slot
+            if self._schedule.is_stuck:
+                raise ExecutorError(
+                    f"all {len(self._slots)} slots of the ring are held at once, and another "
+                    "block is needed",
+                    hint="a larger ring, or more weights at rest",
+                )
+            if block not in self._errors:
+                self._start()
+                self._arrived.wait()
+
+    def failure(self, block: int, error: BaseException) -> ExecutorError:
+        """Say which block could not be brought, and why."""
+        name = self._plan.placements[block].block.name
+        known = isinstance(error, DistorchError)
+        problem, hint = (error.problem, error.hint) if known else (repr(error), "")
+        return ExecutorError(f"block {name} could not be read: {problem}", hint=hint)
+
+    def _dispatch(self) -> None:
+        """Begin what the schedule wants next (the lock is held).
+
+        A block that lies ready needs no reader: to wake one would take a core from the compute.
+        """
+        while not self._closed and (fetch := self._schedule.next_fetch()) is not None:
+            placement = self._plan.placements[fetch.block]
+            self._lies[fetch.slot] = self._stores[placement.tier].lies_ready(placement.block)
+            if self._lies[fetch.slot]:
+                self._schedule.arrived(fetch.slot)
+                self._stats.cached_bytes += placement.block.nbytes
+            else:
+                first = fetch.block == self._schedule.urgent
+                (self._fetches.appendleft if first else self._fetches.append)(fetch)
+                self._work.notify()
+
+    def _start(self) -> None:
+        """Start the threads, once (the lock is held)."""
+        while len(self._threads) < _NUM_READERS:
+            name = f"distorch-reader-{len(self._threads)}"
+            thread = threading.Thread(target=self._read_blocks, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _read_blocks(self) -> None:
+        """A reader's life: take the next fetch, read, say so."""
+        while (fetch := self._next()) is not None:
+            placement = self._plan.placements[fetch.block]
+            error: BaseException | None = None
+            try:
+                self._stores[placement.tier].read(placement.block, self._slots[fetch.slot])
+            except BaseException as caught:  # noqa: BLE001  it is raised where the block is needed
+                error = caught
+            self._done(fetch, placement.block.nbytes, error)
+        if self._ended_by is threading.current_thread():
+            self._finish()
+
+    def _next(self) -> Fetch | None:
+        """Sleep until there is something to read; None when all is over."""
+        with self._work:
+            self._work.wait_for(lambda: self._fetches or self._closed)
+            if self._closed:
+                return None
+            if self._num_reading == 0:
+                self._reading_since = time.perf_counter()
+            self._num_reading += 1
+            return self._fetches.popleft()
+
+    def _done(self, fetch: Fetch, nbytes: int, error: BaseException | None) -> None:
+        with self._arrived:
+            self._num_reading -= 1
+            if self._num_reading == 0:
+                self._stats.transfer_seconds += time.perf_counter() - self._reading_since
+            if error is None:
+                self._schedule.arrived(fetch.slot)
+                self._stats.streamed_bytes += nbytes
+            else:
+                self._schedule.failed(fetch.slot)
+                self._errors[fetch.block] = error
+            self._dispatch()
+            self._arrived.notify_all()
