@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from strategies import GIB, allocations, allocations_on, lines, machines, model_sizes
+from tests.strategies import GIB, allocations, allocations_on, lines, machines, model_sizes
 
 from distorch.allocation import Allocation, Entry, Resolved
 from distorch.errors import AllocationError, MachineError

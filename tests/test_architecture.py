@@ -59,7 +59,7 @@ MODULES = {
     for path in sorted(SOURCE.rglob("*.py"))
 }
 # The package itself is the shop window: it shows names of every room, and imports them when asked.
-INNER_MODULES = sorted(set(MODULES) - {"distorch"})
+INNER_MODULES = sorted(set(MODULES) - {"distorch", "distorch.__main__"})
 
 
 def _room(module: str) -> str:

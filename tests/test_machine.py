@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
-from strategies import machines
+from tests.strategies import machines
 
 from distorch import machine as module
 from distorch.errors import MachineError

@@ -299,7 +299,7 @@ def open_files() -> int:
 
 
 def stores(handle: Handle) -> dict[str, Any]:
-    return dict(handle._running()._core.stores)
+    return dict(handle._running()._stores)
 
 
 def check_bytes(handle: Handle) -> None:
@@ -421,11 +421,18 @@ def test_modules_of_any_shape_compute_the_plain_bits(
         attach.cut = real
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-@pytest.mark.parametrize("rows", [16384, 16384 + 77])
-def test_a_head_cut_into_rows_gives_the_plain_bits_with_any_number_of_threads(
+@pytest.mark.parametrize(
+    ("rows", "num_threads"),
+    [(30720, 1), (30720, 2), (30720, 3), (30720, 4), (30720, 6), (16384, 4), (16461, 1)],
+)
+def test_a_head_cut_into_rows_gives_the_plain_bits_for_one_token(
     rows: int, num_threads: int, machine: Machine
 ) -> None:
+    """A matrix-vector product is dealt to the threads by rows, four at a time (MKL).
+
+    Exact where the rows divide by four times the threads: then the runs have to, as well.
+    """
+    assert num_threads == 1 or rows % (4 * num_threads) == 0
     before = torch.get_num_threads()
     module = nn.Linear(48, rows, bias=False)
     x = torch.randn(1, 48)
@@ -434,10 +441,30 @@ def test_a_head_cut_into_rows_gives_the_plain_bits_with_any_number_of_threads(
         with torch.inference_mode():
             expected = module(x)
             handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
-            assert equal(module(x), expected)
+            found = module(x)
             handle.remove()
+        assert equal(found, expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [16384, 16640, 24576 + 128, 32768 + 77])
+def test_a_head_cut_into_rows_gives_the_plain_bits_for_short_prompts(
+    rows: int, machine: Machine
+) -> None:
+    """oneDNN and MKL add in another order where the rows divide by 256: all runs, or none, may.
+
+    Seen at 640 and 896 columns (Gemma 270M, Qwen 0.5B) and 4 to 48 tokens: 90 % of the numbers.
+    """
+    module = nn.Linear(640, rows, bias=False)
+    inputs = [torch.randn(count, 640) for count in (2, 4, 5, 8, 16, 40, 100)]
+    with torch.inference_mode():
+        expected = [module(x) for x in inputs]
+        handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
+        found = [module(x) for x in inputs]
+        handle.remove()
+    wrong = [len(x) for x, y, z in zip(inputs, found, expected, strict=True) if not equal(y, z)]
+    assert not wrong, "these numbers of tokens differ"
 
 
 @pytest.mark.parametrize("rows", [50, 20000])
@@ -943,11 +970,11 @@ def test_a_ring_bounds_the_bytes_on_the_compute_device(machine: Machine) -> None
     x = torch.randn(1, 1500)
     with torch.inference_mode():
         expected = module(x)
-        for ring in ("18mb", 18 * MIB):
+        for ring in ("26mb", 26 * MIB):
             handle = distorch.distribute(module, "cpu,0b;disk,*", ring=ring, machine=machine)
-            assert handle.weight_bytes <= 18 * MIB
+            assert handle.weight_bytes <= 26 * MIB
             assert equal(module(x), expected)
-            assert handle.weight_bytes <= 18 * MIB
+            assert handle.weight_bytes <= 26 * MIB
             handle.remove()
 
 

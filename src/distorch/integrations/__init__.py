@@ -1,0 +1,1 @@
+"""WHO asks: any module, transformers; each asks the executor for blocks."""

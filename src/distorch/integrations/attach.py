@@ -269,8 +269,8 @@ class Handle:
         kept = _kept(plan) if self._source is None else frozenset()
         runs: dict[str, list[Run]] = {}
         for index, placement in enumerate(plan.placements):
-            for place, part in enumerate(placement.block.parts):
-                runs.setdefault(part.tensor, []).append(Run(index, place, part))
+            for number, part in enumerate(placement.block.parts):
+                runs.setdefault(part.tensor, []).append(Run(index, number, part))
         places: dict[str, Place] = {}
         for name, weight in self._tree.weights.items():
             if name in kept or name not in runs:
@@ -349,7 +349,9 @@ def _as_seen(machine: Machine, model_bytes: int, *, in_place: bool) -> Machine:
 
 
 def _check_supported(plan: Plan) -> None:
-    strange = [name for name in plan.bytes_by_tier if name != "cpu" and name.split(":")[0] != "disk"]
+    strange = [
+        name for name in plan.bytes_by_tier if name != "cpu" and name.split(":")[0] != "disk"
+    ]
     if plan.compute != "cpu" or strange:
         raise AllocationError(
             f"this version computes on cpu and streams from disk, not {strange or plan.compute}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +29,12 @@ class Weight:
     def current(self) -> Tensor:
         """What the model finds under its name now."""
         owner, attribute = self.users[0]
-        found: Tensor = owner._parameters[attribute]
+        found = owner._parameters[attribute]
+        assert found is not None, "a weight stays where it was named"
         return found
 
     def restore(self, resting: RestingWeight) -> None:
-        """Bring the weight into memory of its own: into the parameter from before, if it had values."""
+        """Bring the weight into memory: into the parameter from before, if that had values."""
         value = resting.whole()
         found: Tensor = self.original
         if self.original.is_meta:
@@ -42,7 +42,7 @@ class Weight:
         else:
             self.original.data = value
         for owner, attribute in self.users:
-            owner._parameters[attribute] = found
+            owner._parameters[attribute] = found  # type: ignore[assignment]  # may be lazy
 
 
 @dataclass(frozen=True, slots=True)

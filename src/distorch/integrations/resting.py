@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -64,7 +65,7 @@ class RestingWeight(LazyWeight):
 
     def __new__(
         cls, executor: Executor, runs: Sequence[Run], shape: Sequence[int], dtype: torch.dtype
-    ) -> RestingWeight:
+    ) -> Self:
         """Wrap the runs of one weight, in the order of their rows."""
         self = LazyWeight.__new__(cls, shape, dtype, torch.device("cpu"))
         self.executor, self.runs = executor, tuple(runs)

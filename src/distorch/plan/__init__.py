@@ -1,0 +1,1 @@
+"""WHERE weights rest: blocks, placements and the plan; pure, without torch."""

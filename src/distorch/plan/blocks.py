@@ -1,9 +1,9 @@
 """Cuts a model into blocks: pure, from names, shapes and the module tree.
 
 A *bracketed* block is what one module needs: it is brought when the module's forward begins and
-may go when that ends. Norms and biases are apart from the large weights, since they can stay. A *free* block is a run of rows of one weight, brought when an operation
-uses those rows; weights that are looked up or shared by several modules, and those too large for
-one slot, are free.
+may go when that ends. Norms and biases are apart from the large weights, since they can stay. A
+*free* block is a run of rows of one weight, brought when an operation uses those rows; weights that
+are looked up or shared by several modules, and those of very many rows, are free.
 """
 
 from __future__ import annotations

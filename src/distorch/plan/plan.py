@@ -1,4 +1,4 @@
-"""The plan: every block's placement and the ring. The planner writes it; all others only read it."""
+"""The plan: every block's placement and the ring. The planner writes it, all others read it."""
 
 from __future__ import annotations
 
@@ -131,11 +131,11 @@ class Plan:
             data["notes"] = tuple(data["notes"])
             plan = cls(**data)
             _check(plan)
-            return plan
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FormatError(
                 f"not a plan of this version: {error}", hint="write it again with `distorch plan`"
             ) from error
+        return plan
 
 
 def _check(plan: Plan) -> None:

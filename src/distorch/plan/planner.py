@@ -159,7 +159,7 @@ def _deal(
 
 
 def _ring(visitors: Sequence[Block], ring_bytes: int | None) -> Ring:
-    """Size the ring: slots of the largest visitor, one more for each block held by an outer module."""
+    """Size the ring: slots of the largest visitor, one more for each block held meanwhile."""
     if not visitors:
         return Ring()
     slot_bytes = max(block.nbytes for block in visitors)

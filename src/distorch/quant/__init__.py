@@ -1,0 +1,1 @@
+"""WHAT the bytes mean: block formats, and weights that compute as stored."""

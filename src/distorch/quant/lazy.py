@@ -19,21 +19,26 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from distorch.errors import ModelError
+
 __all__ = ["LazyWeight"]
 
 
 class LazyWeight(Tensor):
     """A tensor with a shape, a dtype and a device, and no memory of its own."""
 
+    is_matrix: bool
     _is_param = True  # isinstance(weight, nn.Parameter) holds, as model code expects of a weight
 
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, **_: Any
     ) -> Self:
         """Wrap: the tensor that torch sees; what it stands for is the subclass's own."""
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        self: Self = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=torch.device(device), requires_grad=False
         )
+        self.is_matrix = len(shape) == 2  # noqa: PLR2004
+        return self
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ self.T + bias``."""
@@ -66,7 +71,7 @@ class LazyWeight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub is not its documentation
         cls,
         func: Callable[..., Any],
         _types: Sequence[type],
@@ -76,10 +81,16 @@ class LazyWeight(Tensor):
         """Run any other operation on the whole weight."""
         if func is torch.ops.aten.detach.default:
             return copy.copy(args[0])
-        args, kwargs = tree_map_only(
-            LazyWeight, lambda weight: weight.materialize(), (args, dict(kwargs or {}))
-        )
-        return func(*args, **kwargs)
+        if func._schema.is_mutable and isinstance(args[0], LazyWeight):  # type: ignore[attr-defined]
+            raise ModelError(
+                f"{func} would change a weight in place, and this one is not in memory as such",
+                hint="distorch.handle_of(model).remove() first, then change it",
+            )
+        with torch.inference_mode(mode=False):  # a view made in it could not be given back
+            args, kwargs = tree_map_only(
+                LazyWeight, lambda weight: weight.materialize(), (args, dict(kwargs or {}))
+            )
+            return func(*args, **kwargs)
 
     def __copy__(self) -> Self:
         """Another wrapper of the same weight."""
@@ -92,12 +103,15 @@ class LazyWeight(Tensor):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    return weight.linear(x, bias) if isinstance(weight, LazyWeight) else None
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002
+    # autocast chooses another dtype: that is for the ordinary path
+    if not isinstance(weight, LazyWeight) or torch.is_autocast_enabled(input.device.type):
+        return None
+    return weight.linear(input, bias) if weight.is_matrix else None
 
 
 def _embedding(
-    ids: Tensor,
+    input: Tensor,  # noqa: A002  the argument's name in torch
     weight: Tensor,
     padding_idx: int | None = None,  # noqa: ARG001  only matters to gradients
     max_norm: float | None = None,
@@ -105,8 +119,9 @@ def _embedding(
     **__: Any,
 ) -> Tensor | None:
     # max_norm rewrites rows in place: that is for the ordinary path
-    lazy = isinstance(weight, LazyWeight) and max_norm is None
-    return weight.embedding(ids) if lazy else None  # type: ignore[attr-defined]
+    if not isinstance(weight, LazyWeight) or max_norm is not None:
+        return None
+    return weight.embedding(input) if weight.is_matrix else None
 
 
 _ANSWERS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {

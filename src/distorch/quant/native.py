@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -19,8 +20,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-import platform
 from platformdirs import user_cache_path
 
 __all__ = ["kernel"]
@@ -39,12 +40,13 @@ def kernel(name: str) -> Kernel | None:
     OpenMP threads. None means that torch has to decode this format here.
     """
     library = _library()
-    function = getattr(library, f"distorch_{name.lower()}", None) if library else None
+    function: Any = getattr(library, f"distorch_{name.lower()}", None) if library else None
     if function is None:
         return None
     function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     function.restype = None
-    return function
+    found: Kernel = function
+    return found
 
 
 @cache
@@ -67,7 +69,13 @@ def _build() -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             (Path(folder) / "kernels.c").write_bytes(source)
             built = Path(folder) / "kernels.so"
-            command = [compiler, *_FLAGS, "-o", os.fspath(built), os.fspath(Path(folder) / "kernels.c")]
+            command = [
+                compiler,
+                *_FLAGS,
+                "-o",
+                os.fspath(built),
+                os.fspath(Path(folder) / "kernels.c"),
+            ]
             subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)  # noqa: S603  our own source
             built.replace(target)  # atomic: another process sees all of it or nothing
     return target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -43,7 +43,7 @@ class QuantTensor(LazyWeight):
 
     def __new__(
         cls, packed: Tensor, form: type[BlockFormat], shape: tuple[int, ...], dtype: torch.dtype
-    ) -> QuantTensor:
+    ) -> Self:
         """Wrap ``packed`` without copying it."""
         self = LazyWeight.__new__(cls, shape, dtype, packed.device)
         self.packed, self.form, self.compute_dtype = packed.view(-1), form, dtype
@@ -64,14 +64,15 @@ class QuantTensor(LazyWeight):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Decode and multiply; a single row of ``x`` does so tile by tile, in the cache.
 
-        A matrix-vector product computes each output on its own, so tiles do not change a bit; a
-        matrix-matrix product may add in another order for another number of rows, so it gets the
-        weight whole.
+        A matrix-vector product computes each output on its own, so tiles do not change a bit, as
+        long as every thread gets whole groups of rows: the rows left over are added in another
+        order. A matrix-matrix product may do so for any number of rows, and gets the weight whole.
         """
         is_vector = x.numel() == self.columns and bias is None and self.packed.device.type == "cpu"
         tracked = torch.is_grad_enabled() and x.requires_grad
-        tile = _TILE_ELEMENTS // self.columns // _TILE_ROW_MULTIPLE * _TILE_ROW_MULTIPLE
-        if is_vector and not tracked and 0 < tile < self.rows:
+        unit = _TILE_ROW_MULTIPLE * torch.get_num_threads()
+        tile = _TILE_ELEMENTS // self.columns // unit * unit
+        if is_vector and not tracked and 0 < tile < self.rows and self.rows % unit == 0:
             return self._by_tiles(x, tile)
         return F.linear(x, self._decoded(0, self.rows), bias)
 

@@ -1,0 +1,1 @@
+"""WHEN blocks come: the schedule, the readers, the executor."""

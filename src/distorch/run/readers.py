@@ -144,8 +144,9 @@ class Readers:
     def failure(self, block: int, error: BaseException) -> ExecutorError:
         """Say which block could not be brought, and why."""
         name = self._plan.placements[block].block.name
-        known = isinstance(error, DistorchError)
-        problem, hint = (error.problem, error.hint) if known else (repr(error), "")
+        problem, hint = repr(error), ""
+        if isinstance(error, DistorchError):
+            problem, hint = error.problem, error.hint
         return ExecutorError(f"block {name} could not be read: {problem}", hint=hint)
 
     def _dispatch(self) -> None:

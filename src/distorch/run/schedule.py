@@ -104,7 +104,7 @@ class Schedule:
         self.slots[slot].arrived = True
 
     def failed(self, slot: int) -> None:
-        """Say that a fetch has failed: the slot is empty, and the block waits until it is needed."""
+        """Say that a fetch has failed: its slot is empty, its block waits until needed."""
         block = self.slots[slot].block
         assert block is not None, "a fetch was under way"
         self._failed.add(block)

@@ -13,7 +13,7 @@ class Stats:
 
     ``transfer_seconds`` is the time in which at least one reader was reading, ``waited_seconds``
     the time compute stood still for it. ``streamed_bytes`` were moved; ``cached_bytes`` were used
-    where the system's page cache held them. ``num_unplanned`` counts reads that no schedule foresaw.
+    where the system's page cache held them. ``num_unplanned`` reads were in no schedule.
 
     >>> stats = Stats(step_seconds=4.0, transfer_seconds=3.0, waited_seconds=1.5)
     >>> stats.transfer_hidden, stats.efficiency

@@ -60,13 +60,12 @@ class FileReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         handles: list[int] = []
-        self.close = weakref.finalize(self, _close_all, handles)
-        """Close the file's handles."""
+        self._close_handles = weakref.finalize(self, _close_all, handles)
         try:
             handles.append(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
             handles.append(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
         except OSError as error:
-            self.close()
+            self._close_handles()
             raise StorageError(
                 f"{path} cannot be opened: {error.strerror}", hint="check the path and its rights"
             ) from error
@@ -92,6 +91,11 @@ class FileReader:
     def read_small(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` from a place nothing else near is wanted from: no read-ahead."""
         self._fill(self._read_row, offset, [out])
+
+    def close(self) -> None:
+        """Close the file's handles."""
+        self._close_handles()
+        self.cache.close()
 
     def _fill(
         self,

@@ -20,13 +20,13 @@ def allocate(nbytes: int) -> Tensor:
     0
     """
     with torch.inference_mode(mode=False):
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def view_bytes(memory: Tensor) -> memoryview:
     """Return the writable bytes of a contiguous CPU tensor of any dtype."""
     flat = memory.detach().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 class HostTier:

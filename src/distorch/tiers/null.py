@@ -17,7 +17,8 @@ class NullTier:
     ``bytes_per_second`` is the link's speed (None: instant) and ``wait`` what passes the time: the
     default sleeps, a simulator's advances its clock.
 
-    >>> tier = NullTier("disk", bytes_per_second=1e9, wait=lambda seconds: print(f"{seconds:.3f} s"))
+    >>> say = lambda seconds: print(f"{seconds:.3f} s")
+    >>> tier = NullTier("disk", bytes_per_second=1e9, wait=say)
     >>> from distorch.plan.blocks import Part
     >>> part = Part(tensor="w", dtype="U8", shape=(1 << 20,), nbytes=1 << 20)
     >>> _ = tier.read(Block(name="w", parts=(part,), module="w"), memoryview(b""))

@@ -74,7 +74,9 @@ class FileSource:
         be aligned, since they go into matrix products as they are.
         """
         spans = self._spans_of(block)
-        return bool(spans) and all(self._readers[path].cache.has(at, size) for path, at, size in spans)
+        return bool(spans) and all(
+            self._readers[path].cache.has(at, size) for path, at, size in spans
+        )
 
     def view(self, block: Block) -> Lying:
         """Map a block that lies ready."""

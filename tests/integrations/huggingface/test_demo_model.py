@@ -116,7 +116,7 @@ def outputs(model: PreTrainedModel) -> list[torch.Tensor]:
 
 def check_bytes(handle: Handle, line: dict[str, Any]) -> None:
     """At rest, never more than the line says; and what is held is what was planned."""
-    at_rest = {name: store.nbytes for name, store in handle._running()._core.stores.items()}
+    at_rest = {name: store.nbytes for name, store in handle._running()._stores.items()}
     plan = handle.plan
     assert at_rest == {name: plan.bytes_by_tier[name] for name in at_rest}
     assert sum(at_rest.values()) == plan.model_bytes

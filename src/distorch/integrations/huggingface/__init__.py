@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distorch.allocation import Allocation
-from distorch.errors import MissingExtraError, ModelError
+from distorch.errors import MissingExtraError
 from distorch.formats import open_checkpoint
 from distorch.integrations.attach import Handle, Progress, Request
 from distorch.integrations.module_tree import describe

@@ -35,11 +35,11 @@ def build(checkpoint: Checkpoint) -> Built:
     architecture = str(checkpoint.metadata.get("general.architecture", ""))
     if architecture not in _RULES:
         raise ModelError(
-            f"{checkpoint.path} is of the architecture {architecture!r}, which cannot be loaded yet",
+            f"{checkpoint.path} is of the architecture {architecture!r}, not one loaded yet",
             hint=f"a model of one of these: {', '.join(sorted(_RULES))}",
         )
     config = _config(checkpoint)
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model = build_empty(model_class, config, torch.float32)
     model.generation_config = GenerationConfig.from_model_config(config)
     names = get_gguf_hf_weights_map(model, TensorProcessor())
@@ -64,7 +64,9 @@ def _config(checkpoint: Checkpoint) -> PretrainedConfig:
         small = Path(folder) / "header.gguf"
         _write_small(checkpoint, small)
         try:
-            config = AutoConfig.from_pretrained(folder, gguf_file=small.name, local_files_only=True)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, gguf_file=small.name, local_files_only=True
+            )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
             raise ModelError(
                 f"transformers cannot read the configuration in {checkpoint.path}: {error}",

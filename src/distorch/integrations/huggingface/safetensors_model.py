@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -53,7 +53,7 @@ def _model_class(config: PretrainedConfig) -> type[transformers.PreTrainedModel]
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    mapped = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    mapped: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if mapped is None:
         raise ModelError(
             f"transformers has no model class {config.architectures} for {config.model_type!r}",

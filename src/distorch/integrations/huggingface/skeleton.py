@@ -57,7 +57,7 @@ def build_empty(
         ModelError: a buffer has no value.
     """
     with torch.device("meta"):
-        model = model_class._from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
     marked = []
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
@@ -71,7 +71,8 @@ def build_empty(
             f"{model_class.__name__} does not compute its buffer {blank[0]}",
             hint="build the model with transformers, then distorch.distribute(model, line)",
         )
-    return model.eval().requires_grad_(requires_grad=False)
+    model.eval().requires_grad_(requires_grad=False)
+    return model
 
 
 def match(
@@ -89,7 +90,7 @@ def match(
         what = f"lacks {_names(missing)}" if missing else f"holds {_names(strange)} besides"
         raise ModelError(
             f"{path} {what}: it is not a whole {type(model).__name__}",
-            hint="a file that transformers loads as this class; fused or sharded experts are not read yet",
+            hint="a file that transformers loads as this class; fused experts are not read yet",
         )
     for name, parameter in wanted.items():
         if _squeezed(infos[name].shape) != _squeezed(parameter.shape):

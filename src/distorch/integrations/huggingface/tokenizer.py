@@ -52,7 +52,7 @@ def _convert(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **extra
         )
-    except Exception as error:  # tokenizers raises bare Exception  # noqa: BLE001
+    except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(
             f"transformers finds no tokenizer in {folder / (gguf_file or '')}: {error}",
             hint="a file or directory that holds the tokenizer with the weights",

@@ -1,0 +1,265 @@
+"""What the benchmarks share: medians, turns, threads, the page cache, and memory under a hard cap."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import psutil
+import torch
+
+from distorch.integrations.attach import Handle
+from distorch.tiers.file_reader import drop_from_cache
+
+T = TypeVar("T")
+Figures = dict[str, Any]
+"""What a benchmark found, as JSON."""
+
+_CGROUP = Path("/sys/fs/cgroup")
+_JOIN = 'echo $$ > "$0" && exec "$@"'  # a shell enters the group, then becomes the command
+_POLL_SECONDS = 0.01
+_SETTLE_SECONDS = 0.2  # a ring that is still filling, or a disk that is still writing, ends
+
+
+@dataclass(frozen=True, slots=True)
+class Quartiles:
+    """The median of some rounds, and the quartiles around it."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Summarise ``values``; a single one is its own quartiles."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+    def text(self, digits: int = 2, scale: float = 1) -> str:
+        """Write ``median (lower-upper)``."""
+        median, lower, upper = (value * scale for value in (self.median, self.lower, self.upper))
+        return f"{median:.{digits}f} ({lower:.{digits}f}-{upper:.{digits}f})"
+
+    @property
+    def figures(self) -> Figures:
+        """As JSON."""
+        return {"median": self.median, "quartiles": [self.lower, self.upper]}
+
+
+def seconds_of(job: Callable[[], object]) -> float:
+    """Run ``job`` once, on the clock."""
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+
+def best_of(times: int, job: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of several runs."""
+    return min(seconds_of(job) for _ in range(times))
+
+
+def in_turn(items: Sequence[T], round_number: int) -> list[T]:
+    """Return all items, another one first in each round: no one always follows the same one."""
+    first = round_number % len(items)
+    return [*items[first:], *items[:first]]
+
+
+def settle() -> None:
+    """Let what the last contender began come to its end, off the clock."""
+    time.sleep(_SETTLE_SECONDS)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine_line() -> str:
+    """Describe the machine in a line."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gib = psutil.virtual_memory().total / (1 << 30)
+    cores = len(psutil.Process().cpu_affinity() or []) or psutil.cpu_count()
+    return f"{names[0] if names else 'CPU'}, {cores} cores, {gib:.0f} GiB, torch {torch.__version__}"
+
+
+def walk_seconds(handle: Handle, num_walks: int) -> float:
+    """X: the seconds that a step's bytes take to arrive, read as ever but with nobody computing."""
+    executor = handle._executor  # noqa: SLF001  users have no reason to walk
+    assert executor is not None, "the handle was not removed"
+    began = time.perf_counter()
+    for _ in range(num_walks):
+        for block in handle.plan.streamed_order:
+            executor.release(executor.acquire(block))
+    return (time.perf_counter() - began) / num_walks
+
+
+def read_through(path: Path) -> None:
+    """Bring a file into the page cache."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(16 << 20):
+            pass
+
+
+def forget(paths: Sequence[Path]) -> None:
+    """Drop files from the page cache, and see that they are gone.
+
+    The system keeps what is mapped or not yet written, so a benchmark that forgot to unmap or to
+    sync must not pass for a cold one.
+    """
+    for path in paths:
+        drop_from_cache(path)
+        left, size = cached_bytes(path), path.stat().st_size
+        assert left <= size // 100 + (1 << 20), f"{left} of {size} bytes of {path} stay cached"
+
+
+def write_out(paths: Sequence[Path]) -> None:
+    """See files written to disk: only clean pages can be dropped."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def cached_bytes(path: Path) -> int:
+    """Count the bytes of a file that the page cache holds."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        num_pages = -(-len(mapped) // mmap.PAGESIZE)
+        found = np.zeros(num_pages, np.uint8)
+        view = np.frombuffer(mapped, np.uint8)
+        address = ctypes.c_void_p(view.ctypes.data)
+        size = ctypes.c_size_t(len(mapped))
+        failed = ctypes.CDLL(None, use_errno=True).mincore(
+            address, size, found.ctypes.data_as(ctypes.c_char_p)
+        )
+        del view  # or the map could not be closed
+    assert not failed, os.strerror(ctypes.get_errno())
+    return int((found & 1).sum()) * mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryGroups:
+    """Where control groups of our own can be made, and what their files are called.
+
+    The two versions of Linux' control groups say the same under different names.
+    """
+
+    parent: Path
+    limit: str
+    peak: str
+
+    @classmethod
+    def find(cls) -> tuple[Self | None, str]:
+        """Return where groups with a memory limit can be made, or None and the reason."""
+        if not hasattr(os, "geteuid") or os.geteuid() != 0:
+            return None, "a hard memory cap needs a control group, and that needs root"
+        limit_v1 = _CGROUP / "memory" / "memory.limit_in_bytes"
+        if limit_v1.exists():
+            found = cls(
+                parent=_own_folder(),
+                limit=limit_v1.name,
+                peak="memory.max_usage_in_bytes",
+            )
+        elif (_CGROUP / "cgroup.controllers").exists():
+            found = cls(parent=_CGROUP, limit="memory.max", peak="memory.peak")
+            with suppress(OSError):  # on already, or we shall see below
+                (_CGROUP / "cgroup.subtree_control").write_text("+memory")
+        else:
+            return None, f"no control groups are mounted at {_CGROUP}"
+        try:
+            with found.group() as folder:
+                if not (folder / found.limit).exists():
+                    return None, f"the groups in {found.parent} have no memory limit"
+        except OSError as error:
+            return None, f"no control group can be made in {found.parent}: {error.strerror}"
+        return found, ""
+
+    @contextmanager
+    def group(self) -> Iterator[Path]:
+        """Make a group, and remove it after."""
+        folder = Path(tempfile.mkdtemp(prefix="distorch-bench-", dir=self.parent))
+        try:
+            yield folder
+        finally:
+            folder.rmdir()
+
+    def run(self, command: Sequence[str], cap_bytes: int | None) -> CappedRun:
+        """Run a command in a group of its own, entered before it does anything."""
+        with self.group() as folder:
+            if cap_bytes is not None:
+                (folder / self.limit).write_text(str(cap_bytes))
+                with suppress(OSError):  # no such file where the system does not count swap
+                    (folder / "memory.swap.max").write_text("0")
+            began = ["sh", "-c", _JOIN, str(folder / "cgroup.procs"), *command]
+            process = subprocess.Popen(began, stdout=subprocess.PIPE, text=True)
+            peak_anonymous = _watch(process)
+            output = process.communicate()[0]
+            peak = folder / self.peak
+            return CappedRun(
+                figures=json.loads(output.splitlines()[-1]) if process.returncode == 0 else None,
+                returncode=process.returncode,
+                peak_bytes=int(peak.read_text()) if peak.exists() else 0,
+                peak_anonymous_bytes=peak_anonymous,
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CappedRun:
+    """What a command under a cap printed as its last line, and the memory it took.
+
+    ``peak_bytes`` counts all of the group, its page cache too; ``peak_anonymous_bytes`` what the
+    process itself could not do without.
+    """
+
+    figures: Figures | None
+    returncode: int
+    peak_bytes: int
+    peak_anonymous_bytes: int
+
+
+def _own_folder() -> Path:
+    """The folder of this process's memory group, version 1: a limit on us binds what we start."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        folder = _CGROUP / "memory" / path.lstrip("/")
+        if "memory" in controllers.split(",") and folder.exists():
+            return folder
+    return _CGROUP / "memory"
+
+
+def _watch(process: subprocess.Popen[str]) -> int:
+    """Wait for a process; return the most anonymous memory it was seen with."""
+    status = Path(f"/proc/{process.pid}/status")
+    peak_kib = 0
+    while process.poll() is None:
+        with suppress(OSError):
+            for line in status.read_text(encoding="utf-8").splitlines():
+                if line.startswith("RssAnon:"):
+                    peak_kib = max(peak_kib, int(line.split()[1]))
+        time.sleep(_POLL_SECONDS)
+    return peak_kib << 10
