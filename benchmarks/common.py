@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -103,7 +104,9 @@ def machine_line() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gib = psutil.virtual_memory().total / (1 << 30)
     cores = len(psutil.Process().cpu_affinity() or []) or psutil.cpu_count()
-    return f"{names[0] if names else 'CPU'}, {cores} cores, {gib:.0f} GiB, torch {torch.__version__}"
+    return (
+        f"{names[0] if names else 'CPU'}, {cores} cores, {gib:.0f} GiB, torch {torch.__version__}"
+    )
 
 
 def walk_seconds(handle: Handle, num_walks: int) -> float:
@@ -130,6 +133,7 @@ def forget(paths: Sequence[Path]) -> None:
     The system keeps what is mapped or not yet written, so a benchmark that forgot to unmap or to
     sync must not pass for a cold one.
     """
+    gc.collect()  # a map may wait in a cycle
     for path in paths:
         drop_from_cache(path)
         left, size = cached_bytes(path), path.stat().st_size

@@ -111,8 +111,10 @@ def run(num_rounds: int = NUM_ROUNDS) -> Figures:
             figures[f"{form} x {threads}"] = {name: q.figures for name, q in speeds.items()}
             per_weight = tiles[0].size / _TILE_WEIGHTS
             cells = [_cell(speeds.get(name), per_weight) for name in names]
-            rows.append([form, str(threads), *cells, ", ".join(_unequal(tiles[0], contenders)) or "all"])
-    print("dequantize: G weights/s (GB/s of packed bytes), tiles of 2 MiB float32 into reused memory")
+            rows.append(
+                [form, str(threads), *cells, ", ".join(_unequal(tiles[0], contenders)) or "all"]
+            )
+    print("G weights/s (GB/s of packed bytes), tiles of 2 MiB float32 into reused memory")
     show_table(("format", "threads", *names, "bits equal"), rows)
     return figures
 
@@ -130,7 +132,9 @@ def _measure(
             for contender in in_turn(contenders, number):
                 job = seconds_of(lambda contender=contender: contender.work(tiles, outs))
                 seconds[contender.name].append(job)
-    return {name: Quartiles.of([_NUM_WEIGHTS / s for s in times]) for name, times in seconds.items()}
+    return {
+        name: Quartiles.of([_NUM_WEIGHTS / s for s in times]) for name, times in seconds.items()
+    }
 
 
 def _cell(speed: Quartiles | None, bytes_per_weight: float) -> str:

@@ -186,7 +186,9 @@ def run(num_rounds: int = NUM_ROUNDS) -> Figures:
         x = _input(balanced_rows(resident, ours.read_alone()))
         expected = resident(x)
         equal = {contender.name: True for contender in contenders}
-        for contender in contenders:  # what is done once, such as learning the order, is not counted
+        for (
+            contender
+        ) in contenders:  # what is done once, such as learning the order, is not counted
             contender.passes(x)
         rounds = []
         for number in range(num_rounds):
@@ -208,13 +210,20 @@ def _report(rounds: list[dict[str, float]], equal: dict[str, bool], num_rows: in
     compute = Quartiles.of([seconds["resident"] for seconds in calm])
     reading = Quartiles.of([seconds["reading"] for seconds in calm])
     print(
-        f"disk: {_NUM_BLOCKS} blocks x 64 MiB bf16, {num_rows} rows, one compute thread, "
+        f"{_NUM_BLOCKS} blocks x 64 MiB bf16, {num_rows} rows, one compute thread, "
         f"{len(calm)} of {len(rounds)} rounds were calm\n"
         f"compute C {compute.text(0, 1e3)} ms, reading X {reading.text(0, 1e3)} ms a pass "
         f"({_NUM_BLOCKS * (64 << 20) / reading.median / 1e9:.2f} GB/s)"
     )
     found = {name: _figures(name, calm) for name in equal}
-    titles = ("contender", "ms per pass", "E", "time / resident", "better peer / time", "bits equal")
+    titles = (
+        "contender",
+        "ms per pass",
+        "E",
+        "time / resident",
+        "better peer / time",
+        "bits equal",
+    )
     rows = [
         [name, f["seconds"].text(0, 1e3), *(f[key].text() for key in ("E", "vs_resident", "gain"))]
         for name, f in found.items()
@@ -240,5 +249,7 @@ def _figures(name: str, rounds: list[dict[str, float]]) -> dict[str, Quartiles]:
         "seconds": Quartiles.of(times),
         "E": Quartiles.of([limit / time for limit, time in zip(limits, times, strict=True)]),
         "vs_resident": Quartiles.of([seconds[name] / seconds["resident"] for seconds in rounds]),
-        "gain": Quartiles.of([min(seconds[p] for p in peers) / seconds[name] for seconds in rounds]),
+        "gain": Quartiles.of(
+            [min(seconds[p] for p in peers) / seconds[name] for seconds in rounds]
+        ),
     }

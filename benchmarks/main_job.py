@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import statistics
@@ -10,10 +11,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -35,7 +35,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import distorch
 from distorch.cli.demo import demo_model
 from distorch.cli.output import show_pairs, show_table
-from distorch.errors import MissingExtraError
 from distorch.integrations.huggingface import gguf_model
 from distorch.integrations.module_tree import as_parameter, describe
 from distorch.integrations.resting import as_weight
@@ -46,7 +45,7 @@ _LINE = "cpu,64mb;disk,*"
 _NUM_TOKENS = 32
 _PROMPT = torch.tensor([[2, 818, 5279, 529, 7001, 563]])  # "The capital of France is"
 _WALKS = 4
-_LOAD_ROUNDS = 2
+_LOAD_ROUNDS = 1
 _CAPPED_ROUNDS = 3
 _CAPPED_TOKENS = 24
 _HEADROOM_BYTES = 48 << 20  # above what ours cannot do without: too little to cache the file whole
@@ -86,34 +85,32 @@ def decode(model: PreTrainedModel, num_tokens: int) -> tuple[float, list[int]]:
     return clock.seconds_per_token, tokens[0].tolist()
 
 
-def run() -> Figures:
-    """Measure, print, and return the figures."""
-    try:
-        path = demo_model(lambda _done, _total: None)
-    except MissingExtraError as error:
-        print(f"main: skipped, {error}")
-        return {"skipped": str(error)}
+def _demo() -> Path:
+    """The demo model's file."""
+    path = demo_model(lambda _done, _total: None)
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    print(f"main: {path.name}, {path.stat().st_size / 1e6:.0f} MB, {torch.get_num_threads()} threads")
-    loading, dense = measure_loading(path)
-    return {
-        "loading": loading,
-        "decoding": measure_decoding(path, dense),
-        "capped": measure_capped(path),
-    }
+    size, threads = path.stat().st_size, torch.get_num_threads()
+    print(f"{path.name}, {size / 1e6:.0f} MB, {threads} threads")
+    return path
 
 
-def measure_loading(path: Path) -> tuple[Figures, PreTrainedModel]:
+def _load_dense(path: Path) -> PreTrainedModel:
+    """Let transformers load the file, which it does into dense float32."""
+    with redirect_stderr(io.StringIO()):  # its progress bar
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+        )
+    return model.eval()
+
+
+def loading() -> Figures:
     """Seconds until a model can generate; both sides import and read the file once before."""
+    path = _demo()
     seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
-    dense = []
 
     def by_transformers() -> None:
-        options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
-        AutoTokenizer.from_pretrained(path.parent, **options)
-        dense[:] = [model.eval()]
+        _load_dense(path)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
 
     def by_us() -> None:
         model = distorch.load(path, _LINE)
@@ -124,19 +121,24 @@ def measure_loading(path: Path) -> tuple[Figures, PreTrainedModel]:
         read_through(path)
         distorch.handle_of(distorch.load(path, _LINE)).remove()  # builds the kernels
         first = seconds_of(lambda: distorch.load_tokenizer(path))
-        jobs: list[tuple[str, Callable[[], None]]] = [("ours", by_us), ("transformers", by_transformers)]
-        for number in range(_LOAD_ROUNDS):
-            for name, job in in_turn(jobs, number):
-                seconds[name].append(seconds_of(job))
-    ratios = [o / t for o, t in zip(seconds["ours"], seconds["transformers"], strict=True)]
-    rows = [
-        ("ready to generate, transformers", f"{Quartiles.of(seconds['transformers']).text()} s"),
-        ("ready to generate, ours", f"{Quartiles.of(seconds['ours']).text()} s"),
-        ("ours / transformers", Quartiles.of(ratios).text(3)),
-        ("ours, the first time: tokenizer besides", f"{first:.1f} s"),
-    ]
-    show_pairs(rows)
-    return {"seconds": seconds, "ratio": Quartiles.of(ratios).figures, "first_tokenizer": first}, dense[0]
+        for _ in range(_LOAD_ROUNDS):
+            seconds["ours"].append(seconds_of(by_us))
+            seconds["transformers"].append(seconds_of(by_transformers))
+    ratios = Quartiles.of(
+        [o / t for o, t in zip(seconds["ours"], seconds["transformers"], strict=True)]
+    )
+    show_pairs(
+        [
+            (
+                "ready to generate, transformers",
+                f"{Quartiles.of(seconds['transformers']).text()} s",
+            ),
+            ("ready to generate, ours", f"{Quartiles.of(seconds['ours']).text()} s"),
+            ("ours / transformers", ratios.text(3)),
+            ("ours, the first time: tokenizer", f"{first:.1f} s"),
+        ]
+    )
+    return {"seconds": seconds, "ratio": ratios.figures, "first_tokenizer": first}
 
 
 @contextmanager
@@ -187,8 +189,10 @@ class Streaming:
         return seconds
 
 
-def measure_decoding(path: Path, dense: PreTrainedModel) -> Figures:
+def decoding() -> Figures:
     """Seconds per token of each footing, in turn."""
+    path = _demo()
+    dense = _load_dense(path)
     streaming = Streaming(path)
     resident = distorch.load(path, "cpu,*")
     expected = decode(dense, _NUM_TOKENS)[1]
@@ -244,11 +248,12 @@ def _report_decoding(
     return {"rounds": rounds, "same_tokens": equal, "E_cold": efficiency.figures}
 
 
-def measure_capped(path: Path) -> Figures:
+def capped() -> Figures:
     """Tokens per second under one hard cap of memory, in a process of its own each."""
+    path = _demo()
     groups, reason = MemoryGroups.find()
     if groups is None:
-        print(f"capped: skipped, {reason}")
+        print(f"skipped, {reason}")
         return {"skipped": reason}
 
     def one(name: str, cap_bytes: int | None) -> CappedRun:
@@ -266,10 +271,10 @@ def measure_capped(path: Path) -> Figures:
 
 def _report_capped(runs: dict[str, list[CappedRun]], cap_bytes: int) -> Figures:
     mib = 1 << 20
-    print(f"capped: {cap_bytes / mib:.0f} MiB for the whole process and what it caches, both alike")
+    print(f"{cap_bytes / mib:.0f} MiB for the whole process and what it caches, both alike")
     died = {name: [r.returncode for r in rs if r.figures is None] for name, rs in runs.items()}
     if any(died.values()):
-        print(f"capped: a process ended early, exit codes {died}")
+        print(f"a process ended early, exit codes {died}")
         return {"cap_bytes": cap_bytes, "exit_codes": died}
     speeds = {name: [1 / r.figures["seconds_per_token"] for r in rs] for name, rs in runs.items()}
     rows = [

@@ -14,32 +14,41 @@ import main_job
 import typer
 from common import Figures, machine_line
 
+from distorch.errors import MissingExtraError
+
 _BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "dequantize": dequantize.run,
     "disk": disk.run,
-    "main": main_job.run,
+    "loading": main_job.loading,
+    "decoding": main_job.decoding,
+    "capped": main_job.capped,
 }
+_GROUPS = {"main": ["loading", "decoding", "capped"]}
+_HELP = f"Some of {', '.join([*_BENCHMARKS, *_GROUPS])}, with commas between; all if not given."
 
 
 def main(
-    only: Annotated[
-        str, typer.Option(metavar="NAMES", help=f"Some of {','.join(_BENCHMARKS)}.")
-    ] = ",".join(_BENCHMARKS),
+    only: Annotated[str, typer.Option(metavar="NAMES", help=_HELP, show_default=False)] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every figure there.")
     ] = None,
 ) -> None:
     """Measure and print tables; no time is ever asserted, since machines differ."""
-    names = [name.strip() for name in only.split(",")]
+    wanted = [name.strip() for name in only.split(",") if name.strip()] or list(_BENCHMARKS)
+    names = [each for name in wanted for each in _GROUPS.get(name, [name])]
     unknown = [name for name in names if name not in _BENCHMARKS]
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(_BENCHMARKS)}")
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join([*_BENCHMARKS, *_GROUPS])}")
     line = machine_line()
     print(f"{line}, {time.strftime('%Y-%m-%d %H:%M')}")
-    found = {}
+    found: Figures = {}
     for name in names:
-        print()
-        found[name] = _BENCHMARKS[name]()
+        print(f"\n{name}: ", end="")
+        try:
+            found[name] = _BENCHMARKS[name]()
+        except MissingExtraError as error:
+            print(f"skipped, {error}")
+            found[name] = {"skipped": str(error)}
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": line, **found}, indent=1), encoding="utf-8")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tests.strategies import GIB, allocations, allocations_on, lines, machines, model_sizes
 
 from distorch.allocation import Allocation, Entry, Resolved
 from distorch.errors import AllocationError, MachineError
 from distorch.machine import Machine, Tier
+from tests.strategies import GIB, allocations, allocations_on, lines, machines, model_sizes
 
 
 def tier(name: str, free_gib: float, capacity_gib: float | None = None) -> Tier:

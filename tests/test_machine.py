@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
-from tests.strategies import machines
 
 from distorch import machine as module
 from distorch.errors import MachineError
 from distorch.machine import Link, Machine, Tier
+from tests.strategies import machines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -260,4 +260,4 @@ def test_the_host_has_memory() -> None:
 def test_it_answers_without_torch() -> None:
     code = "import sys, distorch.machine, distorch.allocation as a; a.Allocation.parse('auto'); "
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.formats.make import Stored, write_gguf, write_safetensors, write_sharded
 
 from distorch.errors import FormatError, StorageError
 from distorch.formats import Checkpoint, TensorInfo, open_checkpoint
+from tests.formats.make import Stored, write_gguf, write_safetensors, write_sharded
 
 SHAPES = {"w": (4, 8), "b": (8,)}
 

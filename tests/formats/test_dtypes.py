@@ -9,10 +9,10 @@ import pytest
 import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.formats.make import read_safetensors, safetensors_file
 
 from distorch.errors import FormatError
 from distorch.formats import DTYPES, GGML_DTYPES, SAFETENSORS_DTYPES, DType
+from tests.formats.make import read_safetensors, safetensors_file
 
 
 def test_ggml_table_is_that_of_the_gguf_package() -> None:

@@ -13,6 +13,10 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from distorch.errors import FormatError
+from distorch.formats import open_checkpoint
+from distorch.formats.gguf import read_header
 from tests.formats.make import (
     EXTREMES,
     HUGE_BYTES,
@@ -28,10 +32,6 @@ from tests.formats.make import (
     tensor,
     write_gguf,
 )
-
-from distorch.errors import FormatError
-from distorch.formats import open_checkpoint
-from distorch.formats.gguf import read_header
 
 FUZZ = settings(max_examples=2000, deadline=timedelta(seconds=5))
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9

@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from distorch.errors import FormatError, StorageError
+from distorch.formats import SAFETENSORS_DTYPES, open_checkpoint
+from distorch.formats.safetensors import read_header
 from tests.formats.make import (
     EXTREMES,
     HUGE_BYTES,
@@ -26,10 +30,6 @@ from tests.formats.make import (
     write_safetensors,
     write_sharded,
 )
-
-from distorch.errors import FormatError, StorageError
-from distorch.formats import SAFETENSORS_DTYPES, open_checkpoint
-from distorch.formats.safetensors import read_header
 
 FUZZ = settings(max_examples=2000, deadline=timedelta(seconds=5))
 HEADER: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import gc
 import io
 import os
@@ -94,10 +95,12 @@ class Bag(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({
-            "inner": nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.LayerNorm(32)}),
-            "list": nn.ModuleList([nn.Linear(32, 32) for _ in range(3)]),
-        })
+        self.parts = nn.ModuleDict(
+            {
+                "inner": nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.LayerNorm(32)}),
+                "list": nn.ModuleList([nn.Linear(32, 32) for _ in range(3)]),
+            }
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         inner = cast("nn.ModuleDict", self.parts["inner"])
@@ -214,7 +217,9 @@ class Integers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         total = cast("Tensor", self.a) + cast("Tensor", self.b) * cast("Tensor", self.c)
-        return torch.cat([(x * self.d * self.e).abs().flatten(), (total * self.f.float()).flatten()])
+        return torch.cat(
+            [(x * self.d * self.e).abs().flatten(), (total * self.f.float()).flatten()]
+        )
 
 
 def floats(*shape: int) -> Callable[[], Tensor]:
@@ -401,8 +406,6 @@ def test_modules_of_any_shape_compute_the_plain_bits(
     machine: Machine,
 ) -> None:
     """``target`` cuts the module finely, as if it were large."""
-    import functools
-
     from distorch.integrations import attach
 
     module, width = stack
@@ -452,7 +455,7 @@ def test_a_head_cut_into_rows_gives_the_plain_bits_for_one_token(
 def test_a_head_cut_into_rows_gives_the_plain_bits_for_short_prompts(
     rows: int, machine: Machine
 ) -> None:
-    """oneDNN and MKL add in another order where the rows divide by 256: all runs, or none, may.
+    """OneDNN and MKL add in another order where the rows divide by 256: all runs, or none, may.
 
     Seen at 640 and 896 columns (Gemma 270M, Qwen 0.5B) and 4 to 48 tokens: 90 % of the numbers.
     """
@@ -480,16 +483,6 @@ def test_an_embedding_with_max_norm_gives_the_plain_rows(rows: int, machine: Mac
     handle.remove()
 
 
-def test_an_encoder_gives_the_plain_bits_with_gradients_enabled(machine: Machine) -> None:
-    """torch's attention takes another path when a weight wants a gradient."""
-    module = encoder(32, 2).eval()
-    x = torch.randn(2, 5, 32)
-    expected = module(x)
-    handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
-    assert equal(module(x), expected)
-    handle.remove()
-
-
 def test_autocast_gives_the_plain_dtype_and_bits(machine: Machine) -> None:
     module = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 16384))
     x = torch.randn(2, 24)
@@ -507,7 +500,7 @@ def test_autocast_gives_the_plain_dtype_and_bits(machine: Machine) -> None:
 def test_a_forward_that_is_interrupted_leaves_a_usable_model(
     kind: type[BaseException], then: str, machine: Machine
 ) -> None:
-    """torch runs hooks after an Exception, but not after Ctrl-C."""
+    """Torch runs hooks after an Exception, but not after Ctrl-C."""
 
     class Fails(nn.Module):
         def __init__(self) -> None:
@@ -545,31 +538,6 @@ def test_a_forward_that_is_interrupted_leaves_a_usable_model(
     assert all(p.numel() for p in module.parameters())
     with torch.inference_mode():
         assert equal(module(x), expected)
-
-
-def test_a_submodule_that_is_interrupted_again_and_again_keeps_no_slot(machine: Machine) -> None:
-    """Called without the whole module, whose start would put things right."""
-
-    class Fails(nn.Linear):
-        fails = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.fails:
-                raise KeyboardInterrupt
-            return super().forward(x)
-
-    module = nn.Sequential(*(Fails(2048, 1500) for _ in range(8)))
-    x = torch.randn(2, 2048)
-    with torch.inference_mode():
-        expected = [layer(x) for layer in module]
-        handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
-        for layer in module:
-            layer.fails = True
-            with pytest.raises(KeyboardInterrupt):
-                layer(x)
-            layer.fails = False
-        assert all(equal(layer(x), y) for layer, y in zip(module, expected, strict=True))
-    handle.remove()
 
 
 def test_a_read_that_fails_is_raised_where_the_block_is_needed_and_the_next_pass_works(
@@ -643,7 +611,9 @@ def test_rebudget_moves_the_weights_and_keeps_the_bits(machine: Machine) -> None
     assert equal(module(x), expected)
 
 
-@pytest.mark.parametrize("line", ["cpu,70%", "cpu,2gbb;disk,*", "cuda:7,*", "cpu,0b;disk:/nowhere/at/all,*x"])
+@pytest.mark.parametrize(
+    "line", ["cpu,70%", "cpu,2gbb;disk,*", "cuda:7,*", "cpu,0b;disk:/nowhere/at/all,*x"]
+)
 def test_rebudget_with_a_line_that_does_not_fit_changes_nothing(
     line: str, machine: Machine
 ) -> None:
@@ -756,7 +726,9 @@ def test_the_usual_calls_on_a_distributed_module_work(machine: Machine) -> None:
     assert {name: (p.shape, p.dtype) for name, p in state.items()} == shapes
     assert all(torch.equal(value + 0, before[name]) for name, value in state.items())
     assert module.to("cpu").to(torch.float32).float().cpu().eval().train() is module
-    assert sum(p.numel() for p in module.parameters()) == sum(v.numel() for v in before.values()) - 32
+    assert (
+        sum(p.numel() for p in module.parameters()) == sum(v.numel() for v in before.values()) - 32
+    )
     assert all(isinstance(p, nn.Parameter) for p in module.parameters())
     assert len(repr(module)) < 2000
     module.zero_grad()
@@ -775,22 +747,6 @@ def test_a_weight_at_rest_is_not_changed_in_place_without_a_word(machine: Machin
         module.load_state_dict(other)
     with pytest.raises((RuntimeError, TypeError, ValueError)), torch.no_grad():
         module[0].weight.zero_()
-    handle.remove()
-
-
-def test_a_change_of_dtype_is_refused_or_right(machine: Machine) -> None:
-    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16384))
-    x = torch.randn(2, 8)
-    with torch.inference_mode():
-        plain = module(x)
-        expected = copy.deepcopy(module).to(torch.bfloat16)(x.bfloat16())
-        handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
-        try:
-            module.to(torch.bfloat16)
-        except (RuntimeError, TypeError, ModelError):
-            assert equal(module(x), plain)
-        else:
-            assert equal(module(x.bfloat16()), expected)
     handle.remove()
 
 
@@ -965,6 +921,74 @@ def test_a_long_parameter_list_does_not_need_a_slot_of_its_whole_size(machine: M
     handle.remove()
 
 
+def test_a_weight_that_a_module_returns_outlives_its_slot(machine: Machine) -> None:
+    """The slot is written again before the pass ends: what was returned is a copy."""
+
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1500, 1500))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"x": x, "weight": self.weight, "rows": self.weight[3:9].t()}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gives = Gives()
+            self.layers = nn.Sequential(*(nn.Linear(1500, 1500) for _ in range(6)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = self.gives(x)
+            y = self.layers(given["x"])
+            return torch.cat([y @ given["weight"], given["rows"].t()])
+
+    module, x = Model(), torch.randn(2, 1500)
+    with torch.inference_mode():
+        expected = module(x)
+        handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
+        assert handle.plan.ring.num_slots < 7
+        for _ in range(3):
+            assert equal(module(x), expected)
+    handle.remove()
+
+
+def test_a_shared_weight_that_a_module_returns_is_the_weight(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rests elsewhere and has no memory of its own to look at."""
+    from distorch.integrations import attach
+
+    monkeypatch.setattr(attach, "cut", functools.partial(attach.cut, target_bytes=1))
+
+    class Gives(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+            self.scale = nn.Parameter(torch.randn(32))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * self.scale, self.weight
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+            self.gives = Gives(self.layer.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, weight = self.gives(self.layer(x))
+            return x @ weight
+
+    module, x = Model(), torch.randn(2, 32)
+    with torch.inference_mode():
+        expected = module(x)
+        handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
+        assert equal(module(x), expected)
+        assert equal(module.gives(x)[1] + 0, cast("Tensor", module.layer.weight) + 0)
+    handle.remove()
+
+
 def test_a_ring_bounds_the_bytes_on_the_compute_device(machine: Machine) -> None:
     module = nn.Sequential(*(nn.Linear(1500, 1500) for _ in range(5)))
     x = torch.randn(1, 1500)
@@ -987,4 +1011,3 @@ def test_progress_ends_at_the_models_bytes(machine: Machine) -> None:
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1] == (handle.plan.model_bytes, handle.plan.model_bytes)
     handle.remove()
-

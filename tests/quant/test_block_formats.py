@@ -209,7 +209,7 @@ def test_a_kernel_that_disagrees_on_some_bytes_is_refused(
 
 @pytest.mark.parametrize("default", ["torch.float64", "torch.bfloat16", "torch.float16"])
 def test_the_kernels_do_not_depend_on_torchs_default_dtype(default: str) -> None:
-    """transformers sets one while it builds; a probe buffer of half the size would be overrun."""
+    """Transformers sets one while it builds; a probe buffer of half the size would be overrun."""
     code = f"""
         import faulthandler, torch
         faulthandler.dump_traceback_later(40, exit=True)

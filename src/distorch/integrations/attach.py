@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from distorch.allocation import Allocation
 from distorch.errors import AllocationError, ModelError
 from distorch.integrations.bracket import Bracket, Place, mark_steps
 from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe
+from distorch.integrations.request import Request
 from distorch.integrations.resting import RestingWeight, Run, as_weight
 from distorch.machine import Machine
 from distorch.plan.blocks import cut
@@ -27,50 +28,12 @@ from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier, view_bytes
 from distorch.tiers.sources import MemorySource
 
-__all__ = ["Handle", "Request", "distribute", "handle_of"]
+__all__ = ["Handle", "Progress", "distribute", "handle_of"]
 
 _ATTRIBUTE = "_distorch_handle"
 
 Progress = Callable[[int, int], None]
 """Called with the bytes placed so far and the bytes of the model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What a user asks for: a line, or the normal mode's numbers; and a bound on the ring."""
-
-    allocation: str | Allocation | None = None
-    virtual_vram_gb: float | None = None
-    donor: str | Sequence[str] | None = None
-    compute: str | None = None
-    ring: str | int | None = None
-
-    def line(self, model_bytes: int, machine: Machine) -> Allocation:
-        """Return the allocation that this asks for, on this machine.
-
-        Raises:
-            AllocationError: both forms were used, or neither reads.
-        """
-        if self.virtual_vram_gb is not None:
-            if self.allocation is not None:
-                raise AllocationError(
-                    "an allocation line and virtual_vram_gb were both given",
-                    hint=f"one of them: virtual_vram_gb={self.virtual_vram_gb:g}",
-                )
-            return Allocation.virtual(
-                self.virtual_vram_gb, self.donor, self.compute, model_bytes, machine
-            )
-        if isinstance(self.allocation, Allocation):
-            return self.allocation
-        return Allocation.parse("auto" if self.allocation is None else self.allocation)
-
-    @property
-    def ring_bytes(self) -> int | None:
-        """The bound on the ring in bytes, from a number or from text such as ``200mb``."""
-        if self.ring is None or isinstance(self.ring, int):
-            return self.ring
-        amount = Allocation.parse(f"cpu,{self.ring};disk,*").entries[0].amount
-        return int(amount)
 
 
 def distribute(
@@ -108,6 +71,11 @@ def distribute(
     >>> same
     True
     """
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"a torch.nn.Module is distributed, not {type(module).__name__}",
+            hint="distorch.load(path, allocation) for a file",
+        )
     if getattr(module, _ATTRIBUTE, None) is not None:
         raise ModelError(
             "this module is distributed already",
@@ -159,7 +127,9 @@ class Handle:
         self._tree = tree
         self._blocks = cut(tree.root)
         self._source = source
+        self._request = Request()
         self._hooks: list[RemovableHandle] = []
+        self._brackets: list[Bracket] = []
         self._executor: Executor | None = None
 
     def stats(self) -> Stats:
@@ -189,8 +159,13 @@ class Handle:
         """
         wanted = Request(allocation=allocation, **request)
         self._plan(wanted, machine)  # a line that does not fit raises before anything moves
+        before = self._request
         self._take_off(restore=self._source is None)
-        self.bind(wanted, machine, None)
+        try:
+            self.bind(wanted, machine, None)
+        except BaseException:
+            self.bind(before, machine, None)
+            raise
 
     def remove(self) -> None:
         """Bring every weight into memory and make the module ordinary again.
@@ -219,9 +194,16 @@ class Handle:
             for store in stores.values():
                 store.close()
             raise
-        self.plan, self._executor = plan, Executor(plan, stores)
+        self.plan, self._executor, self._request = plan, Executor(plan, stores), request
         self._hooks = self._put_on(self._executor)
         self._module.__dict__[_ATTRIBUTE] = self
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """Refuse: hooks and files cannot be pickled."""
+        raise ModelError(
+            "a distributed module cannot be copied or saved as it is",
+            hint="distorch.handle_of(model).remove() first",
+        )
 
     def _running(self) -> Executor:
         if self._executor is None:
@@ -231,7 +213,10 @@ class Handle:
     def _plan(self, request: Request, machine: Machine | None) -> Plan:
         model_bytes = sum(block.nbytes for block in self._blocks)
         machine = _as_seen(
-            machine or Machine.detect(), model_bytes, in_place=self._source is not None
+            machine or Machine.detect(request.folder),
+            model_bytes,
+            in_place=self._source is not None,
+            any_tier=request.names_its_devices,
         )
         plan = make_plan(
             self._blocks,
@@ -288,16 +273,19 @@ class Handle:
             for index, placement in enumerate(plan.placements)
             if placement.kind == "streamed" and placement.block.module is not None
         ]
+        self._brackets = [bracket for bracket, _ in brackets]
         hooks = [hook for bracket, module in brackets for hook in bracket.attach(module)]
         if not plan.streamed_order:
             return hooks
-        return hooks + mark_steps(self._module, executor, [bracket for bracket, _ in brackets])
+        return hooks + mark_steps(self._module, executor, self._brackets)
 
     def _take_off(self, *, restore: bool) -> None:
         executor = self._running()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        for bracket in self._brackets:  # an interrupted pass may have left it pointing at a slot
+            bracket.reset()
+        self._hooks, self._brackets = [], []
         if restore:
             for weight in self._tree.weights.values():
                 current = weight.current
@@ -332,11 +320,15 @@ def _kept(plan: Plan) -> frozenset[str]:
     ) - frozenset(moved)
 
 
-def _as_seen(machine: Machine, model_bytes: int, *, in_place: bool) -> Machine:
+def _as_seen(machine: Machine, model_bytes: int, *, in_place: bool, any_tier: bool) -> Machine:
     """The machine as this model sees it.
 
     A checkpoint's own disk has room for it: it is there. A module in host memory has room there.
+    Who names no device means one that this version can compute on.
     """
+    if not any_tier:
+        usable = tuple(tier for tier in machine.tiers if tier.is_disk or tier.name == "cpu")
+        machine = replace(machine, tiers=usable)
     if in_place:
         disk = machine.tier("disk")
         roomy = max(disk.free_bytes, model_bytes)

@@ -14,6 +14,8 @@ from distorch.plan.blocks import Node, TensorSpec
 __all__ = ["Stored", "Tree", "Weight", "as_parameter", "describe"]
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_THREAD_ROWS = 128  # a matrix product adds in one order over whole groups of so many rows
+_RUN_ROWS = 512  # runs are multiples of this (plan/blocks.py)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -72,6 +74,7 @@ def describe(module: nn.Module, stored: Mapping[str, Stored] | None = None) -> T
     """
     weights: dict[int, Weight] = {}
     notes: list[str] = []
+    changed: set[int] = set()
     for prefix, owner in module.named_modules():
         for attribute, parameter in owner._parameters.items():
             if parameter is None:
@@ -79,8 +82,10 @@ def describe(module: nn.Module, stored: Mapping[str, Stored] | None = None) -> T
             name = f"{prefix}.{attribute}" if prefix else attribute
             weight = weights.setdefault(id(parameter), Weight(name, parameter))
             weight.users.append((owner, attribute))
+            if isinstance(owner, nn.Embedding) and owner.max_norm is not None and stored is None:
+                changed.add(id(parameter))
     for key, weight in list(weights.items()):
-        reason = _immovable(weight.original)
+        reason = "max_norm changes it" if key in changed else _immovable(weight.original)
         if reason and stored is None:
             notes.append(f"{weight.name} stays where it is: {reason}")
             del weights[key]
@@ -125,8 +130,17 @@ def _spec(weight: Weight, stored: Mapping[str, Stored] | None) -> TensorSpec:
         nbytes=kept.nbytes if kept else parameter.numel() * parameter.element_size(),
         free=looked_up or len(weight.users) > 1,
         looked_up=looked_up,
-        whole=kept.whole if kept else False,
+        whole=kept.whole if kept else not _cuts_exactly(parameter),
     )
+
+
+def _cuts_exactly(parameter: Tensor) -> bool:
+    """Whether runs of rows give the bits of the whole: if threads share both at the same places.
+
+    A module that was loaded by us computes by runs in every placement, so it need not ask.
+    """
+    share = _THREAD_ROWS * torch.get_num_threads()
+    return _RUN_ROWS % share == 0 and parameter.dim() > 0 and parameter.shape[0] % share == 0
 
 
 def _looks_up(owner: nn.Module, attribute: str) -> bool:
@@ -139,6 +153,8 @@ def _immovable(parameter: Tensor) -> str:
         return f"it is a {type(parameter).__name__}"
     if parameter.layout != torch.strided or not parameter.is_contiguous():
         return "it is not contiguous"
+    if parameter.is_conj() or parameter.is_neg() or parameter.is_inference():
+        return "it is lazily conjugated or negated, or was made in inference mode"
     if parameter.dtype not in _DTYPE_NAMES:
         return f"its dtype is {parameter.dtype}"
     return "" if parameter.device.type in {"cpu", "meta"} else f"it is on {parameter.device}"

@@ -18,7 +18,7 @@ ALIGNMENT_BYTES = 64  # a weight at any other address changes the last bit of a 
 
 _TARGET_BYTES = 8 << 20  # large enough for a disk's full speed, small enough to spread finely
 _ROWS = 8192  # rows of one run: a product over fewer may add in another order (docs/exactness.md)
-_ROW_MULTIPLE = 64
+_ROW_MULTIPLE = 512  # runs that threads divide as they divide the whole weight
 _SMALL_BYTES = 64 << 10  # norms and biases: kept apart, since a visit would cost them its latency
 
 

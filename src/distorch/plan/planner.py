@@ -155,7 +155,7 @@ def _deal(
         held[tier] += nbytes
     over = held[last] - shares[last]
     note = f"{last} holds {gib(over)} more than its share: blocks are whole"
-    return tiers, (note,) if over > 0 else ()
+    return tiers, (note,) if over > 0 and last != rest else ()
 
 
 def _ring(visitors: Sequence[Block], ring_bytes: int | None) -> Ring:

@@ -81,7 +81,7 @@ class LazyWeight(Tensor):
         """Run any other operation on the whole weight."""
         if func is torch.ops.aten.detach.default:
             return copy.copy(args[0])
-        if func._schema.is_mutable and isinstance(args[0], LazyWeight):  # type: ignore[attr-defined]
+        if _writes(func) and isinstance(args[0], LazyWeight):
             raise ModelError(
                 f"{func} would change a weight in place, and this one is not in memory as such",
                 hint="distorch.handle_of(model).remove() first, then change it",
@@ -92,6 +92,14 @@ class LazyWeight(Tensor):
             )
             return func(*args, **kwargs)
 
+    def __deepcopy__(self, _memo: Any) -> Self:
+        """Refuse: a copy of the model would share what this one may let go of."""
+        raise _not_here("copied")
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """Refuse: the checkpoint is where weights are kept."""
+        raise _not_here("pickled or saved")
+
     def __copy__(self) -> Self:
         """Another wrapper of the same weight."""
         twin = type(self).__new__(type(self), self.shape, self.dtype, self.device)
@@ -101,6 +109,17 @@ class LazyWeight(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Describe the weight without reading it."""
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _writes(operation: Any) -> bool:
+    return bool(operation._schema.is_mutable)  # noqa: SLF001  (nor another way to ask)
+
+
+def _not_here(what: str) -> ModelError:
+    return ModelError(
+        f"a weight that is not in memory as such cannot be {what}",
+        hint="distorch.handle_of(model).remove() first",
+    )
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002

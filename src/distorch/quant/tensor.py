@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -101,7 +101,3 @@ class QuantTensor(LazyWeight):
             out = torch.empty(elements, dtype=torch.float32, device=packed.device)
         weight = dequantize(packed, self.form, out).view(last - first, self.columns)
         return weight if self.compute_dtype == torch.float32 else weight.to(self.compute_dtype)
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        """Packed weights are not pickled: the checkpoint is where they are kept."""
-        raise TypeError("a QuantTensor cannot be pickled; save the checkpoint it came from")

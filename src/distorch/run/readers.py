@@ -49,7 +49,10 @@ class Readers:
     def stats(self) -> Stats:
         """Return the counters so far."""
         with self._arrived:
-            return replace(self._stats)
+            stats = replace(self._stats)
+            if self._num_reading:  # two busy readers may never be idle at once
+                stats.transfer_seconds += time.perf_counter() - self._reading_since
+            return stats
 
     def take(self, block: int) -> tuple[int, bool]:
         """Wait for a block and lease it: its slot, and whether it lies ready instead of in it.

@@ -58,9 +58,7 @@ CASES = {
         "llama", HEADS_64, {"rope.dimension_count": 64}, vocabulary=17408, head="Q6_K"
     ),
     "qwen2": Case("qwen2", {"num_attention_heads": 4, "num_key_value_heads": 2}),
-    "qwen3": Case(
-        "qwen3", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
-    ),
+    "qwen3": Case("qwen3", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}),
     "gemma2": Case(
         "gemma2",
         HEADS_64 | {"tie_word_embeddings": True, "sliding_window": 8},
@@ -119,14 +117,17 @@ def write(path: Path, case: Case, change: Callable[[dict[str, Any]], None] | Non
 
 def random_model(case: Case) -> PreTrainedModel:
     kind = CONFIGS.get(case.name, case.name)
-    config = cast("PretrainedConfig", CONFIG_MAPPING[kind](
-        vocab_size=case.vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=NUM_LAYERS,
-        max_position_embeddings=128,
-        **{"tie_word_embeddings": False, **case.config},
-    ))
+    config = cast(
+        "PretrainedConfig",
+        CONFIG_MAPPING[kind](
+            vocab_size=case.vocabulary,
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=NUM_LAYERS,
+            max_position_embeddings=128,
+            **{"tie_word_embeddings": False, **case.config},
+        ),
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():  # norms and biases too
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
@@ -370,9 +371,7 @@ def test_a_norm_that_is_not_f32_is_refused_for_gemma(tmp_path: Path) -> None:
         ("vocab_size", 2**32 - 1),
     ],
 )
-def test_a_damaged_number_is_our_error_or_a_model(
-    key: str, value: float, tmp_path: Path
-) -> None:
+def test_a_damaged_number_is_our_error_or_a_model(key: str, value: float, tmp_path: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["keys"][key] = value
 

@@ -70,7 +70,7 @@ def save(folder: Path, config: PretrainedConfig, dtype: torch.dtype, shard: str 
 
 
 def reference(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """transformers' own model, its weights moved from the mapped file to aligned memory."""
+    """Transformers' own model, its weights moved from the mapped file to aligned memory."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from distorch.allocation import Allocation
 from distorch.errors import MissingExtraError
 from distorch.formats import open_checkpoint
-from distorch.integrations.attach import Handle, Progress, Request
+from distorch.integrations.attach import Handle, Progress
 from distorch.integrations.module_tree import describe
+from distorch.integrations.request import Request
 from distorch.machine import Machine
 from distorch.tiers.sources import FileSource
 
