@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 
 import torch
 from common import (
@@ -31,6 +31,7 @@ from distorch.cli.output import show_table
 
 NUM_ROUNDS = 7
 _NUM_BLOCKS, _SHAPES = 10, ((4096, 8192), (8192, 4096))
+MODEL_BYTES = _NUM_BLOCKS * (64 << 20)
 _PASSES = 3  # one after another: a step begins where the last one ended
 _WALKS = 2
 _SEED = 0
@@ -84,6 +85,7 @@ class Ours:
         self._folder = folder
         self._line = f"cpu,0b;disk:{folder},*"
         self.handle = distorch.distribute(self.model, self._line)
+        assert self.handle.plan.streamed_bytes == MODEL_BYTES, "every pass reads all of the model"
 
     def fresh(self) -> None:
         """Begin again with an empty ring, so that the first block of the round is paid for."""
@@ -91,7 +93,7 @@ class Ours:
         settle()
 
     def read_alone(self) -> float:
-        """X: seconds per pass of reading, in the same order into the same slots, without compute."""
+        """X: seconds per pass of reading, in the same order into the same slots, and no compute."""
         self.fresh()
         return walk_seconds(self.handle, _WALKS)
 
@@ -104,7 +106,7 @@ class Ours:
         """The file that the disk tier reads; it has no name any more, but the system lists it."""
         for link in Path("/proc/self/fd").iterdir():
             with suppress(OSError):
-                if os.readlink(link).startswith(f"{self._folder}{os.sep}"):
+                if link.readlink().is_relative_to(self._folder):
                     return link
         raise AssertionError("the disk tier has its file open")
 
@@ -174,7 +176,7 @@ def _folders(count: int) -> Iterator[list[Path]]:
 
 def run(num_rounds: int = NUM_ROUNDS) -> Figures:
     """Measure, print, and return the figures."""
-    with torch.inference_mode(), torch_threads(1), _folders(3) as folders:
+    with torch.no_grad(), torch_threads(1), _folders(3) as folders:
         ours = Ours(folders[0])
         contenders = [
             Contender("ours", ours.model, begin=ours.fresh),
@@ -183,7 +185,7 @@ def run(num_rounds: int = NUM_ROUNDS) -> Figures:
             Contender("resident", build()),
         ]
         resident = contenders[-1].model
-        x = _input(balanced_rows(resident, ours.read_alone()))
+        x = _input(balanced_rows(resident, median(ours.read_alone() for _ in range(3))))
         expected = resident(x)
         equal = {contender.name: True for contender in contenders}
         for (
@@ -213,7 +215,7 @@ def _report(rounds: list[dict[str, float]], equal: dict[str, bool], num_rows: in
         f"{_NUM_BLOCKS} blocks x 64 MiB bf16, {num_rows} rows, one compute thread, "
         f"{len(calm)} of {len(rounds)} rounds were calm\n"
         f"compute C {compute.text(0, 1e3)} ms, reading X {reading.text(0, 1e3)} ms a pass "
-        f"({_NUM_BLOCKS * (64 << 20) / reading.median / 1e9:.2f} GB/s)"
+        f"({MODEL_BYTES / reading.median / 1e9:.2f} GB/s)"
     )
     found = {name: _figures(name, calm) for name in equal}
     titles = (

@@ -59,7 +59,7 @@ def test_names_and_modules_are_cut_alike(hidden: int, tied: bool) -> None:  # no
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from distorch.integrations.module_tree import describe
+    from distorch.integrations.module_tree import Stored, describe
 
     config = LlamaConfig(
         hidden_size=hidden,
@@ -74,7 +74,11 @@ def test_names_and_modules_are_cut_alike(hidden: int, tied: bool) -> None:  # no
         llama = LlamaForCausalLM(config).bfloat16()
     shapes = {name: tuple(weight.shape) for name, weight in llama.named_parameters()}
     from_names = cut(tree_from_names(_infos(dict(sorted(shapes.items())))))
-    assert _shape(from_names) == _shape(cut(describe(llama).root))
+    stored = {
+        name: Stored(dtype="BF16", shape=tuple(weight.shape), nbytes=weight.nbytes)
+        for name, weight in llama.named_parameters()
+    }
+    assert _shape(from_names) == _shape(cut(describe(llama, stored).root))
 
 
 def test_a_name_of_many_dots_is_cut_and_not_followed() -> None:

@@ -7,7 +7,6 @@ import errno
 import functools
 import gc
 import io
-import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -300,7 +299,7 @@ def num_readers() -> int:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
+    return len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 0
 
 
 def stores(handle: Handle) -> dict[str, Any]:
@@ -671,9 +670,7 @@ def test_distributing_twice_is_refused_with_the_way_out(machine: Machine) -> Non
 
 
 @pytest.mark.parametrize("which", ["inner", "outer"])
-def test_a_module_that_is_distributed_in_part_is_refused_or_right(
-    which: str, machine: Machine
-) -> None:
+def test_a_module_that_is_distributed_in_part_is_refused_or_right(which: str) -> None:
     """The submodule of a distributed module, or the module around one."""
     inner = nn.Linear(32, 32)
     outer = nn.Sequential(inner, nn.Linear(32, 32))
@@ -823,7 +820,7 @@ def test_wrong_arguments_are_our_errors_and_leave_the_module_alone(
 
 
 def test_what_is_not_a_module_is_an_error_that_says_so() -> None:
-    with pytest.raises((ModelError, TypeError), match="nn.Module"):
+    with pytest.raises((ModelError, TypeError), match=r"nn\.Module"):
         distorch.distribute("model.gguf", "cpu,*")  # type: ignore[arg-type]
 
 

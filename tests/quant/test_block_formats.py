@@ -1,4 +1,4 @@
-"""Every block format means what ``gguf.quants`` says it means, by torch and by the native kernel."""
+"""Every block format means what ``gguf.quants`` says, by torch and by the native kernel."""
 
 from __future__ import annotations
 

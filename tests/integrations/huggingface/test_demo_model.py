@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,13 +53,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(path: Path) -> Iterator[list[torch.Tensor]]:
+def expected(path: Path) -> list[torch.Tensor]:
     """What the reference answers; it is dense, so it goes before ours comes."""
     model = reference(path)
     answers = outputs(model)
     del model
     gc.collect()
-    yield answers
+    return answers
 
 
 def reference(path: Path) -> PreTrainedModel:

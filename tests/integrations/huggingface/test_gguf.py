@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -278,7 +277,7 @@ def test_a_ring_smaller_than_the_head_splits_it_by_rows(folder: Path) -> None:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def change_architecture(content: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -204,7 +203,7 @@ def test_a_model_that_is_not_a_language_model_keeps_its_buffers(tmp_path: Path) 
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def rewrite(folder: Path, **config: Any) -> None:
@@ -275,7 +274,7 @@ def test_code_in_a_directory_is_not_run(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     save(tmp_path, CONFIGS["tied"], torch.bfloat16, "200KB")
-    shard = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    shard = max(tmp_path.glob("model-*.safetensors"))
     shard.unlink()
     with pytest.raises(DistorchError, match=shard.name):
         distorch.load(tmp_path, "cpu,*")

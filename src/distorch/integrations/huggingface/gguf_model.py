@@ -38,6 +38,7 @@ def build(checkpoint: Checkpoint) -> Built:
             f"{checkpoint.path} is of the architecture {architecture!r}, not one loaded yet",
             hint=f"a model of one of these: {', '.join(sorted(_RULES))}",
         )
+    _check_layers(checkpoint, architecture)
     config = _config(checkpoint)
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model = build_empty(model_class, config, torch.float32)
@@ -73,6 +74,17 @@ def _config(checkpoint: Checkpoint) -> PretrainedConfig:
                 hint="the file may be damaged, or too new for the transformers that is installed",
             ) from error
     return config
+
+
+def _check_layers(checkpoint: Checkpoint, architecture: str) -> None:
+    """Refuse a number of layers that the tensors deny: a model of 2**31 layers takes for ever."""
+    said = checkpoint.metadata.get(f"{architecture}.block_count")
+    found = {name.split(".")[1] for name in checkpoint if name.startswith("blk.")}
+    if said != len(found):
+        raise FormatError(
+            f"{checkpoint.path} says it has {said} layers, and holds {len(found)}",
+            hint="the file is damaged or is a part of one; download it again",
+        )
 
 
 def _write_small(checkpoint: Checkpoint, path: Path) -> None:

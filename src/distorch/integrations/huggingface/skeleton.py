@@ -54,10 +54,16 @@ def build_empty(
     first: one that nobody computed is an error, not noise in the output.
 
     Raises:
-        ModelError: a buffer has no value.
+        ModelError: the configuration makes no model, or a buffer has no value.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ModelError(
+            f"transformers cannot build a {model_class.__name__} from this configuration: {e}",
+            hint="the file may be damaged; download it again",
+        ) from e
     marked = []
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
