@@ -224,8 +224,12 @@ class MemoryGroups:
                     (folder / "memory.swap.max").write_text("0")
             began = ["sh", "-c", _JOIN, str(folder / "cgroup.procs"), *command]
             process = subprocess.Popen(began, stdout=subprocess.PIPE, text=True)
-            peak_anonymous = _watch(process)
-            output = process.communicate()[0]
+            try:
+                peak_anonymous = _watch(process)
+                output = process.communicate()[0]
+            finally:
+                process.kill()  # after Ctrl-C; the group goes when it is empty
+                process.wait()
             peak = folder / self.peak
             return CappedRun(
                 figures=json.loads(output.splitlines()[-1]) if process.returncode == 0 else None,

@@ -114,8 +114,8 @@ def run(num_rounds: int = NUM_ROUNDS) -> Figures:
             rows.append(
                 [form, str(threads), *cells, ", ".join(_unequal(tiles[0], contenders)) or "all"]
             )
-    print("G weights/s (GB/s of packed bytes), tiles of 2 MiB float32 into reused memory")
-    show_table(("format", "threads", *names, "bits equal"), rows)
+    print("G weights/s (GB/s of packed bytes), by tiles of 2 MiB of float32 in reused memory")
+    show_table(("x threads", *names, "equal"), rows)
     return figures
 
 

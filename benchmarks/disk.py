@@ -121,14 +121,16 @@ def build() -> Blocks:
 
 
 def accelerate_offload(folder: Path) -> Contender:
+    """``disk_offload``: a file for each weight, mapped when its layer begins."""
     from accelerate import disk_offload
 
     model = build()
     disk_offload(model, folder, execution_device=torch.device("cpu"))
-    return Contender("accelerate disk_offload", model, _cold(folder))
+    return Contender("accelerate", model, _cold(folder))
 
 
 def diffusers_offload(folder: Path) -> Contender:
+    """Group offloading to disk, one layer a group."""
     from diffusers.hooks import apply_group_offloading
 
     model = build()
@@ -140,7 +142,7 @@ def diffusers_offload(folder: Path) -> Contender:
         num_blocks_per_group=1,
         offload_to_disk_path=str(folder),
     )
-    return Contender("diffusers group offload", model, _cold(folder))
+    return Contender("diffusers", model, _cold(folder))
 
 
 def _cold(folder: Path) -> Callable[[], None]:
@@ -218,19 +220,18 @@ def _report(rounds: list[dict[str, float]], equal: dict[str, bool], num_rows: in
         f"({MODEL_BYTES / reading.median / 1e9:.2f} GB/s)"
     )
     found = {name: _figures(name, calm) for name in equal}
-    titles = (
-        "contender",
-        "ms per pass",
-        "E",
-        "time / resident",
-        "better peer / time",
-        "bits equal",
-    )
     rows = [
-        [name, f["seconds"].text(0, 1e3), *(f[key].text() for key in ("E", "vs_resident", "gain"))]
+        [
+            name,
+            f["seconds"].text(0, 1e3),
+            f["E"].text(),
+            f"{f['vs_resident'].median:.2f}",
+            f["gain"].text(),
+            "yes" if equal[name] else "NO",
+        ]
         for name, f in found.items()
     ]
-    show_table(titles, [[*row, "yes" if equal[row[0]] else "NO"] for row in rows])
+    show_table(("contender", "T, ms a pass", "E", "T / C", "best peer / T", "equal"), rows)
     return {
         "num_rows": num_rows,
         "rounds": rounds,
@@ -244,7 +245,7 @@ def _report(rounds: list[dict[str, float]], equal: dict[str, bool], num_rows: in
 
 def _figures(name: str, rounds: list[dict[str, float]]) -> dict[str, Quartiles]:
     """Compare within each round, then summarise."""
-    peers = [peer for peer in rounds[0] if peer.startswith(("accelerate", "diffusers"))]
+    peers = [peer for peer in rounds[0] if peer in {"accelerate", "diffusers"}]
     limits = [max(seconds["resident"], seconds["reading"]) for seconds in rounds]
     times = [seconds[name] for seconds in rounds]
     return {

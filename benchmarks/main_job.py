@@ -228,10 +228,10 @@ def _report_decoding(
 
     speeds = {name: Quartiles.of([1 / seconds[name] for seconds in rounds]) for name in equal}
     rows = [
-        [name, speed.text(), over(name, "dense float32").text(), over(name, "resident").text()]
+        [name, speed.text(1), over(name, "dense float32").text(), over(name, "resident").text()]
         for name, speed in speeds.items()
     ]
-    titles = ("decoding", "tokens / s", "/ dense", "/ resident", "same tokens")
+    titles = ("decoding", "tokens / s", "/ dense", "/ resident", "same")
     show_table(titles, [[*row, "yes" if equal[row[0]] else "NO"] for row in rows])
     cold = "streaming, cold"
     limits = [max(seconds["resident"], seconds["reading"]) for seconds in rounds]

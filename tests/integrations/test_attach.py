@@ -25,6 +25,7 @@ from distorch.errors import AllocationError, DistorchError, ModelError, StorageE
 from distorch.integrations.attach import Handle
 from distorch.integrations.resting import RestingWeight
 from distorch.machine import Machine, Tier
+from distorch.plan.blocks import cut
 from distorch.tiers.disk import DiskTier
 
 MIB = 1 << 20
@@ -271,8 +272,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "no weights": (nn.ReLU, floats(3)),
 } | {
     str(dtype): (
-        lambda dtype=dtype: typed(dtype),  # type: ignore[misc]
-        lambda dtype=dtype: torch.randn(3, 32).to(dtype),  # type: ignore[misc]
+        functools.partial(typed, dtype),
+        functools.partial(torch.randn, 3, 32, dtype=dtype),
     )
     for dtype in (torch.bfloat16, torch.float16, torch.float64)
 }
@@ -409,18 +410,14 @@ def test_modules_of_any_shape_compute_the_plain_bits(
 
     module, width = stack
     inputs = [torch.randn(tokens, width) for _ in range(3)]
-    real = attach.cut
-    attach.cut = functools.partial(real, target_bytes=target)  # type: ignore[assignment]
-    try:
-        with torch.inference_mode():
-            expected = [module(x) for x in inputs]
-            handle = distorch.distribute(module, line, machine=machine)
-            assert all(equal(module(x), y) for x, y in zip(inputs, expected, strict=True))
-            check_bytes(handle)
-            handle.remove()
-            assert equal(module(inputs[0]), expected[0])
-    finally:
-        attach.cut = real
+    with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
+        patched.setattr(attach, "cut", functools.partial(cut, target_bytes=target))
+        expected = [module(x) for x in inputs]
+        handle = distorch.distribute(module, line, machine=machine)
+        assert all(equal(module(x), y) for x, y in zip(inputs, expected, strict=True))
+        check_bytes(handle)
+        handle.remove()
+        assert equal(module(inputs[0]), expected[0])
 
 
 @pytest.mark.parametrize(
@@ -743,7 +740,7 @@ def test_a_weight_at_rest_is_not_changed_in_place_without_a_word(machine: Machin
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         module.load_state_dict(other)
     with pytest.raises((RuntimeError, TypeError, ValueError)), torch.no_grad():
-        module[0].weight.zero_()
+        cast("nn.Linear", module[0]).weight.zero_()
     handle.remove()
 
 
@@ -956,7 +953,7 @@ def test_a_shared_weight_that_a_module_returns_is_the_weight(
     """It rests elsewhere and has no memory of its own to look at."""
     from distorch.integrations import attach
 
-    monkeypatch.setattr(attach, "cut", functools.partial(attach.cut, target_bytes=1))
+    monkeypatch.setattr(attach, "cut", functools.partial(cut, target_bytes=1))
 
     class Gives(nn.Module):
         def __init__(self, weight: nn.Parameter) -> None:
@@ -971,18 +968,19 @@ def test_a_shared_weight_that_a_module_returns_is_the_weight(
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(32, 32)
-            self.gives = Gives(self.layer.weight)
+            self.gives = Gives(nn.Parameter(torch.empty(0)))
+            self.gives.weight = self.layer.weight
 
         def forward(self, x: Tensor) -> Tensor:
-            x, weight = self.gives(self.layer(x))
-            return x @ weight
+            scaled, weight = cast("tuple[Tensor, Tensor]", self.gives(self.layer(x)))
+            return scaled @ weight
 
     module, x = Model(), torch.randn(2, 32)
     with torch.inference_mode():
         expected = module(x)
         handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
         assert equal(module(x), expected)
-        assert equal(module.gives(x)[1] + 0, cast("Tensor", module.layer.weight) + 0)
+        assert equal(module.gives(x)[1] + 0, module.layer.weight + 0)
     handle.remove()
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor, nn
 
 from distorch.errors import ModelError
-from distorch.quant.block_formats import BLOCK_FORMATS
+from distorch.quant.block_formats import BLOCK_FORMATS, BlockFormat
+from distorch.quant.dequantize import dequantize
 from distorch.quant.tensor import QuantTensor
 
 if TYPE_CHECKING:
@@ -185,10 +186,12 @@ def test_embedding_decodes_only_the_rows_it_looks_up(monkeypatch: pytest.MonkeyP
     from distorch.quant import tensor as module
 
     decoded: list[int] = []
-    real = module.dequantize
-    monkeypatch.setattr(
-        module, "dequantize", lambda p, *rest: (decoded.append(p.numel()), real(p, *rest))[1]
-    )
+
+    def counted(packed: Tensor, form: type[BlockFormat], out: Tensor) -> Tensor:
+        decoded.append(packed.numel())
+        return dequantize(packed, form, out)
+
+    monkeypatch.setattr(module, "dequantize", counted)
     weight, _ = make("Q8_0", 300, 256)
     F.embedding(torch.tensor([5, 6, 5]), weight)
     assert decoded == [3 * 256 // 32 * 34]
@@ -263,7 +266,7 @@ def test_a_packed_weight_passes_for_a_parameter() -> None:
     assert isinstance(weight, nn.Parameter)
     assert not weight.requires_grad
     module = nn.Linear(256, 64, bias=False)
-    module.weight = weight  # type: ignore[assignment]
+    module.weight = weight
     assert dict(module.named_parameters())["weight"] is weight
     assert sum(p.numel() for p in module.parameters()) == 64 * 256
     assert (weight.dim(), weight.size(0), weight.stride(), weight.device.type) == (

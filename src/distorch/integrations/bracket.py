@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from distorch.integrations.resting import as_weight
+from distorch.quant.lazy import LazyWeight
 from distorch.run.executor import Executor, Lease
 
 __all__ = ["Bracket", "Place", "mark_steps"]
@@ -99,7 +100,9 @@ class Bracket:
 
         def own(tensor: Tensor) -> Tensor:
             nonlocal changed
-            if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() != ring:
+            if isinstance(tensor, LazyWeight) or tensor.layout != torch.strided:
+                return tensor
+            if tensor.untyped_storage().data_ptr() != ring:
                 return tensor
             changed = True
             return tensor.clone()

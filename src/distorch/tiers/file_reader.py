@@ -76,7 +76,7 @@ class FileReader:
             handles.append(self._direct_fd)
         self.cache = PageCache(path)
         self._seek_lock = threading.Lock()
-        self._way = self._read_direct if self._direct_fd >= 0 else self._read_and_drop
+        self._is_direct = self._direct_fd >= 0
 
     def read(self, segments: Sequence[Segment]) -> None:
         """Fill each segment's memory from its offset in the file.
@@ -86,7 +86,7 @@ class FileReader:
         """
         for offset, buffers in _runs(segments):
             cached = self.cache.has(offset, sum(map(len, buffers)))
-            self._fill(self._read_plain if cached else None, offset, buffers)
+            self._fill(self._read_plain if cached else self._read_past_cache, offset, buffers)
 
     def read_small(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` from a place nothing else near is wanted from: no read-ahead."""
@@ -99,15 +99,15 @@ class FileReader:
 
     def _fill(
         self,
-        way: Callable[[int, Sequence[memoryview]], int] | None,
+        way: Callable[[int, Sequence[memoryview]], int],
         offset: int,
         buffers: Sequence[memoryview],
     ) -> None:
-        """Read until the buffers are full: the given way, or the one that works past the cache."""
+        """Read until the buffers are full; one call may read less."""
         left = list(buffers)
         while left:
             try:
-                count = (way or self._way)(offset, left)
+                count = way(offset, left)
             except OSError as error:
                 raise StorageError(
                     f"{self.path} cannot be read: {error.strerror or error}",
@@ -121,6 +121,9 @@ class FileReader:
             offset += count
             left = _after(left, count)
 
+    def _read_past_cache(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        return (self._read_direct if self._is_direct else self._read_and_drop)(offset, buffers)
+
     def _read_direct(self, offset: int, buffers: Sequence[memoryview]) -> int:
         """Read into the thread's aligned buffer, and copy: blocks begin anywhere in a file."""
         if _thread.bounce is None:
@@ -133,7 +136,7 @@ class FileReader:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._way = self._read_and_drop  # a file system that opens, but does not read, direct
+            self._is_direct = False  # a file system that opens, but does not read, direct
             return self._read_and_drop(offset, buffers)
         done = offset - start
         for buffer in buffers:

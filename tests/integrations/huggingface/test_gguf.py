@@ -15,7 +15,7 @@ import libgguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import distorch
@@ -116,17 +116,15 @@ def write(path: Path, case: Case, change: Callable[[dict[str, Any]], None] | Non
 
 def random_model(case: Case) -> PreTrainedModel:
     kind = CONFIGS.get(case.name, case.name)
-    config = cast(
-        "PretrainedConfig",
-        CONFIG_MAPPING[kind](
-            vocab_size=case.vocabulary,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=NUM_LAYERS,
-            max_position_embeddings=128,
-            **{"tie_word_embeddings": False, **case.config},
-        ),
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": case.vocabulary,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": NUM_LAYERS,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    }
+    config = CONFIG_MAPPING[kind](**sizes | case.config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():  # norms and biases too
         parameter.data.add_(torch.randn_like(parameter) * 0.05)

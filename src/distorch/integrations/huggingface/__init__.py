@@ -52,8 +52,7 @@ def load(
     with open_checkpoint(path) as checkpoint:
         build = gguf_model.build if checkpoint.format == "gguf" else safetensors_model.build
         built = build(checkpoint)
-    tree = describe(built.model, built.stored)
-    handle = Handle(built.model, tree, FileSource(built.infos, built.amend))
+    source = FileSource(built.infos, built.amend)
     request = Request(
         allocation=allocation,
         virtual_vram_gb=virtual_vram_gb,
@@ -61,7 +60,12 @@ def load(
         compute=compute,
         ring=ring,
     )
-    handle.bind(request, machine, progress)
+    try:
+        handle = Handle(built.model, describe(built.model, built.stored), source)
+        handle.bind(request, machine, progress)
+    except BaseException:
+        source.close()
+        raise
     return built.model
 
 

@@ -68,16 +68,21 @@ def _config(checkpoint: Checkpoint) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 folder, gguf_file=small.name, local_files_only=True
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
+        except Exception as error:
             raise ModelError(
                 f"transformers cannot read the configuration in {checkpoint.path}: {error}",
                 hint="the file may be damaged, or too new for the transformers that is installed",
             ) from error
+    config.vocab_size = checkpoint["token_embd.weight"].shape[0]  # not every architecture maps it
     return config
 
 
 def _check_layers(checkpoint: Checkpoint, architecture: str) -> None:
     """Refuse a number of layers that the tensors deny: a model of 2**31 layers takes for ever."""
+    if len(getattr(checkpoint.get("token_embd.weight"), "shape", ())) != 2:  # noqa: PLR2004
+        raise FormatError(
+            f"{checkpoint.path} has no token_embd.weight", hint="a whole language model's file"
+        )
     said = checkpoint.metadata.get(f"{architecture}.block_count")
     found = {name.split(".")[1] for name in checkpoint if name.startswith("blk.")}
     if said != len(found):
@@ -100,9 +105,8 @@ def _write_small(checkpoint: Checkpoint, path: Path) -> None:
             writer.add_key_value(key, value, _value_type(value))
         elif len(value) and not isinstance(value[0], (list, tuple)):
             writer.add_array(key, list(value))
-    embedding = checkpoint.get("token_embd.weight")
-    if embedding is not None and f"{architecture}.vocab_size" not in checkpoint.metadata:
-        writer.add_vocab_size(embedding.shape[0])
+    if f"{architecture}.vocab_size" not in checkpoint.metadata:
+        writer.add_vocab_size(checkpoint["token_embd.weight"].shape[0])
     for name in checkpoint:
         writer.add_tensor(name, np.zeros(1, np.float32))
     writer.write_header_to_file()
@@ -140,7 +144,7 @@ def _heads(attribute: str) -> Callable[[PretrainedConfig, TensorInfo], Amend]:
     def rule(config: PretrainedConfig, info: TensorInfo) -> Amend:
         num_heads = getattr(config, attribute, None) or config.num_attention_heads
         rows = info.shape[0]
-        if rows % (2 * num_heads):
+        if num_heads < 1 or rows % (2 * num_heads):
             raise FormatError(
                 f"{info.name} has {rows} rows for {num_heads} heads", hint="convert the model again"
             )

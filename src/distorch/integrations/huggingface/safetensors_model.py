@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +32,14 @@ def build(checkpoint: Checkpoint) -> Built:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:
         raise ModelError(
             f"transformers cannot read {folder / 'config.json'}: {error}",
             hint="a model that the installed transformers knows; code in a directory is not run",
         ) from error
     model = build_empty(_model_class(config), config, _dtype(config, checkpoint))
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = _generation_config(folder)
     infos = _renamed(model, checkpoint)
     buffers = dict(model.named_buffers())
     for name in buffers.keys() & infos.keys():
@@ -46,6 +47,16 @@ def build(checkpoint: Checkpoint) -> Built:
         buffers[name].copy_(value.view(TORCH_DTYPES[infos[name].dtype]).view(buffers[name].shape))
     ignored = [*buffers, *_tied(model)]
     return Built(model=model, infos=match(model, infos, checkpoint.path, ignored=ignored))
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"transformers cannot read {folder / 'generation_config.json'}: {error}",
+            hint="remove the file: it only holds defaults",
+        ) from error
 
 
 def _model_class(config: PretrainedConfig) -> type[transformers.PreTrainedModel]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from distorch.errors import ModelError
 from distorch.formats import TensorInfo
 from distorch.integrations.module_tree import Stored
+from distorch.integrations.resting import TORCH_DTYPES
+from distorch.quant.block_formats import block_format
 from distorch.tiers.sources import Amend
 
 if TYPE_CHECKING:
@@ -59,11 +61,11 @@ def build_empty(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except Exception as error:
         raise ModelError(
-            f"transformers cannot build a {model_class.__name__} from this configuration: {e}",
+            f"transformers cannot build a {model_class.__name__} from this configuration: {error}",
             hint="the file may be damaged; download it again",
-        ) from e
+        ) from error
     marked = []
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
@@ -105,6 +107,8 @@ def match(
                 f"{list(parameter.shape)} in {type(model).__name__}",
                 hint="the configuration and the weights belong to different models",
             )
+        if TORCH_DTYPES.get(infos[name].dtype) != parameter.dtype:
+            block_format(infos[name].dtype)  # raises now, rather than when the weight is used
     return {name: infos[name] for name in wanted}
 
 
