@@ -272,7 +272,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "no weights": (nn.ReLU, floats(3)),
 } | {
     str(dtype): (
-        functools.partial(typed, dtype),
+        cast("Callable[[], nn.Module]", functools.partial(typed, dtype)),
         functools.partial(torch.randn, 3, 32, dtype=dtype),
     )
     for dtype in (torch.bfloat16, torch.float16, torch.float64)
@@ -956,9 +956,9 @@ def test_a_shared_weight_that_a_module_returns_is_the_weight(
     monkeypatch.setattr(attach, "cut", functools.partial(cut, target_bytes=1))
 
     class Gives(nn.Module):
-        def __init__(self, weight: nn.Parameter) -> None:
+        def __init__(self, weight: Tensor) -> None:
             super().__init__()
-            self.weight = weight
+            self.weight = cast("nn.Parameter", weight)
             self.scale = nn.Parameter(torch.randn(32))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -968,8 +968,7 @@ def test_a_shared_weight_that_a_module_returns_is_the_weight(
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(32, 32)
-            self.gives = Gives(nn.Parameter(torch.empty(0)))
-            self.gives.weight = self.layer.weight
+            self.gives = Gives(self.layer.weight)
 
         def forward(self, x: Tensor) -> Tensor:
             scaled, weight = cast("tuple[Tensor, Tensor]", self.gives(self.layer(x)))

@@ -551,12 +551,13 @@ FORGOTTEN_IN_A_READER = """
 
     gc.disable()
     plan = streaming_plan(equal_blocks(40, 64), num_slots=2)
-    disk = NullTier("disk", bytes_per_second=64e3)
+    disk = NullTier("disk", bytes_per_second=640)  # a read is under way when all is forgotten
     executor = Executor(plan, {"cpu": HostTier("cpu"), "disk": disk})
     for index in range(4):
         executor.release(executor.acquire(index))
-    core, threads = executor._core, list(executor._core.threads)
-    decide, collected = core.schedule.next_fetch, threading.Event()
+    readers = executor._readers
+    threads = list(readers._threads)
+    decide, collected = readers._schedule.next_fetch, threading.Event()
 
     def decide_and_collect():  # where Python would collect by itself: an allocation under the lock
         if forgotten.is_set() and not collected.is_set():
@@ -565,12 +566,10 @@ FORGOTTEN_IN_A_READER = """
         return decide()
 
     forgotten = threading.Event()
-    core.schedule.next_fetch = decide_and_collect
+    readers._schedule.next_fetch = decide_and_collect
     executor.itself = executor  # a model, its hooks and its executor are such a circle
     del executor
     forgotten.set()
-    with core.changed:
-        core.changed.notify_all()
     deadline = time.monotonic() + 5
     while any(t.is_alive() for t in threads) and time.monotonic() < deadline:
         time.sleep(0.01)

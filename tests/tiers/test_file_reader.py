@@ -77,11 +77,11 @@ def _reader(path: Path, way: str) -> Iterator[FileReader]:
             if way == "direct":
                 if reader._direct_fd < 0:
                     pytest.skip("this file system has no O_DIRECT")
-                reader._way = reader._read_direct
+                reader._is_direct = True
             elif way == "read and drop":
-                reader._way = reader._read_and_drop
+                reader._is_direct = False
             elif way == "plain":
-                reader._way = reader._read_plain
+                patch.setattr(reader, "_read_past_cache", reader._read_plain)
             yield reader
 
 
