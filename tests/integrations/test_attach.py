@@ -270,13 +270,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     ),
     "integers and complex numbers": (Integers, floats(32)),
     "no weights": (nn.ReLU, floats(3)),
-} | {
-    str(dtype): (
-        cast("Callable[[], nn.Module]", functools.partial(typed, dtype)),
-        functools.partial(torch.randn, 3, 32, dtype=dtype),
-    )
-    for dtype in (torch.bfloat16, torch.float16, torch.float64)
 }
+for _dtype in (torch.bfloat16, torch.float16, torch.float64):
+    CASES[str(_dtype)] = (
+        functools.partial(typed, _dtype),
+        functools.partial(torch.randn, 3, 32, dtype=_dtype),
+    )
 
 
 def bits(tensor: Tensor) -> Tensor:
