@@ -69,6 +69,16 @@ def _nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=1)
 
 
+class F64(BlockFormat):
+    """IEEE 754 double precision, rounded to single."""
+
+    elements, nbytes = 1, 8
+
+    @staticmethod
+    def decode(blocks: Tensor) -> Tensor:
+        return blocks.view(torch.float64).float()
+
+
 class F32(BlockFormat):
     """IEEE 754 single precision."""
 

@@ -302,13 +302,6 @@ def use_a_format_not_known_yet(content: dict[str, Any]) -> None:
     )
 
 
-def use_double_precision(content: dict[str, Any]) -> None:
-    content["tensors"]["blk.1.ffn_down.weight"] = (
-        np.ones((WIDTH, INNER), np.float64),
-        gguf.GGMLQuantizationType.F64,
-    )
-
-
 def drop_the_width(content: dict[str, Any]) -> None:
     del content["keys"]["embedding_length"]
 
@@ -322,7 +315,6 @@ def drop_the_width(content: dict[str, Any]) -> None:
         (add_a_tensor, "ffn_down_exps"),
         (reshape_a_tensor, r"model\.layers\.1\.mlp\.down_proj\.weight.*shape"),
         (use_a_format_not_known_yet, "Q4_0"),
-        (use_double_precision, "F64"),
         (drop_the_width, "shape"),
     ],
     ids=lambda v: getattr(v, "__name__", None),
