@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES_AT = {"Q8_0": (0,), "Q5_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}  # float16s of each block
-GGML = sorted(name for name in BLOCK_FORMATS if name in gguf.GGMLQuantizationType.__members__)
+GGML = sorted(  # gguf.quants, the oracle, decodes no F64
+    name
+    for name in BLOCK_FORMATS
+    if name in gguf.GGMLQuantizationType.__members__ and name != "F64"
+)
 PACKED = sorted(SCALES_AT)
 NUM_BLOCKS = 700  # several OpenMP tiles of the K formats, and a remainder
 

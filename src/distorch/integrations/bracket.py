@@ -100,12 +100,13 @@ class Bracket:
 
         def own(tensor: Tensor) -> Tensor:
             nonlocal changed
-            if isinstance(tensor, LazyWeight) or tensor.layout != torch.strided:
+            memory = getattr(tensor, "packed", None) if isinstance(tensor, LazyWeight) else tensor
+            if memory is None or memory.layout != torch.strided:
                 return tensor
-            if tensor.untyped_storage().data_ptr() != ring:
+            if memory.untyped_storage().data_ptr() != ring:
                 return tensor
             changed = True
-            return tensor.clone()
+            return tensor.materialize() if isinstance(tensor, LazyWeight) else tensor.clone()
 
         result = own(output) if type(output) is Tensor else tree_map_only(Tensor, own, output)
         return result if changed else None
