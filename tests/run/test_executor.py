@@ -25,7 +25,8 @@ from distorch.formats import TensorInfo
 from distorch.plan.blocks import Block
 from distorch.plan.plan import Plan
 from distorch.run import executor as executor_module
-from distorch.run.executor import Executor, Lease, Stats
+from distorch.run.executor import Executor, Lease
+from distorch.run.stats import Stats
 from distorch.tiers import Lying, Source, Store
 from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier
