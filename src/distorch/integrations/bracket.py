@@ -40,7 +40,7 @@ class Bracket:
         self._executor = executor
         self._index = index
         self._places = tuple(places)
-        self._views: dict[object, list[Tensor]] = {}
+        self._views: dict[int, list[Tensor]] = {}
         self._lease: Lease | None = None
         self._depth = 0
 
@@ -81,7 +81,7 @@ class Bracket:
 
     def _tensors(self, lease: Lease) -> list[Tensor]:
         """The block's weights as views of its bytes; made once for each place these can be in."""
-        views = self._views.get(lease.where)
+        views = None if lease.where is None else self._views.get(lease.where)
         if views is None:
             with torch.inference_mode(mode=False):
                 views = [
@@ -90,7 +90,8 @@ class Bracket:
                         zip(lease.placement.block.parts, self._places, strict=True)
                     )
                 ]
-            self._views[lease.where] = views
+            if lease.where is not None:
+                self._views[lease.where] = views
         return views
 
     def _detached(self, output: Any) -> Any:

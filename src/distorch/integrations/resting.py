@@ -62,6 +62,7 @@ class RestingWeight(LazyWeight):
 
     executor: Executor
     runs: tuple[Run, ...]
+    _views: dict[tuple[int, int], Tensor]
 
     def __new__(
         cls, executor: Executor, runs: Sequence[Run], shape: Sequence[int], dtype: torch.dtype
@@ -69,6 +70,7 @@ class RestingWeight(LazyWeight):
         """Wrap the runs of one weight, in the order of their rows."""
         self = LazyWeight.__new__(cls, shape, dtype, torch.device("cpu"))
         self.executor, self.runs = executor, tuple(runs)
+        self._views = {}
         return self
 
     def __copy__(self) -> RestingWeight:
@@ -135,7 +137,17 @@ class RestingWeight(LazyWeight):
     def _leased(self, run: Run) -> Iterator[Tensor]:
         lease: Lease = self.executor.acquire(run.block)
         try:
-            shape = run.part.shape if len(self.runs) > 1 else self.shape
-            yield as_weight(lease.part(run.index), run.part, shape, self.dtype)
+            yield self._view(lease, run)
         finally:
             self.executor.release(lease)
+
+    def _view(self, lease: Lease, run: Run) -> Tensor:
+        """The rows of one run where the lease has them; made once for each such place."""
+        view = None if lease.where is None else self._views.get((run.block, lease.where))
+        if view is None:
+            shape = run.part.shape if len(self.runs) > 1 else self.shape
+            with torch.inference_mode(mode=False):
+                view = as_weight(lease.part(run.index), run.part, shape, self.dtype)
+            if lease.where is not None:
+                self._views[run.block, lease.where] = view
+        return view

@@ -38,8 +38,10 @@ class Lease:
 
     @property
     def where(self) -> int | None:
-        """What tells apart the places that the bytes of this block can be in."""
-        return -1 if self.lying else self.slot
+        """What tells apart the places that this block's bytes can be in; None: somewhere new."""
+        if self.lying:
+            return -1
+        return -2 if self.placement.kind == "resident" else self.slot
 
     def part(self, index: int) -> Tensor:
         """Return one part's bytes, flat uint8, not a copy."""

@@ -10,8 +10,9 @@ The executor runs it with threads and memories, the simulator with a clock and n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 __all__ = ["Fetch", "Schedule", "Slot"]
 
@@ -114,8 +115,9 @@ class Schedule:
 
     def next_fetch(self) -> Fetch | None:
         """Return the next copy to start, or None while there is nothing to do or no room."""
-        wanted = list(self._wanted())
-        missing = next((block for block in wanted if self._find(block) is None), None)
+        wanted = self._wanted()
+        held = {slot.block for slot in self.slots}
+        missing = next((block for block in wanted if block not in held), None)
         if missing is None:
             return None
         slot = self._room(wanted, evict=missing == self._urgent)
@@ -129,21 +131,17 @@ class Schedule:
         """Whether every slot is leased, so that nothing else can ever arrive."""
         return all(slot.num_leases for slot in self.slots)
 
-    def _wanted(self) -> Iterator[int]:
+    def _wanted(self) -> list[int]:
         """The next distinct blocks that no lease holds, as many as there are slots for them."""
-        room = sum(slot.num_leases == 0 for slot in self.slots)
-        leased = {slot.block for slot in self.slots if slot.num_leases}
-        seen: set[int] = set()
-        if self._urgent is not None and room:
-            seen.add(self._urgent)
-            yield self._urgent
-        for ahead in range(len(self._order)):
-            if len(seen) >= room:
-                return
-            block = self._order[(self._cursor + ahead) % len(self._order)]
-            if block not in seen and block not in leased and block not in self._failed:
-                seen.add(block)
-                yield block
+        leased = [slot.block for slot in self.slots if slot.num_leases]
+        room = len(self.slots) - len(leased)
+        wanted = [] if self._urgent is None or not room else [self._urgent]
+        for block in chain(islice(self._order, self._cursor, None), self._order):
+            if len(wanted) >= room:
+                break
+            if block not in wanted and block not in leased and block not in self._failed:
+                wanted.append(block)
+        return wanted
 
     def _room(self, wanted: Sequence[int], *, evict: bool) -> int | None:
         """A slot to write: an empty one, one whose block is not wanted, or, in need, the last."""

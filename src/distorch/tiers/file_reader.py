@@ -85,7 +85,8 @@ class FileReader:
             StorageError: the file ends early or cannot be read.
         """
         for offset, buffers in _runs(segments):
-            cached = self.cache.has(offset, sum(map(len, buffers)))
+            # A gap in what the system has cached is filled, or it would be read for ever.
+            cached = self.cache.has_most(offset, sum(map(len, buffers)))
             self._fill(self._read_plain if cached else self._read_past_cache, offset, buffers)
 
     def read_small(self, offset: int, out: memoryview) -> None:

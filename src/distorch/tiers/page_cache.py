@@ -15,6 +15,7 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,8 @@ import numpy as np
 __all__ = ["PageCache"]
 
 _PAGE = mmap.PAGESIZE
-_PROBE_BYTES = 256 << 10
+_PROBE_BYTES = 1 << 20
+_BATCH_BYTES = 8 << 20  # unmapped at once: each time, every core that computes is interrupted
 _MADV_POPULATE_READ = 22  # Linux 5.14; not named in Python's mmap
 _MAP_NORESERVE = 0x4000  # Linux; not named in Python's mmap before 3.13
 
@@ -46,6 +48,7 @@ class PageCache:
         self._map: mmap.mmap | None = None
         self._bytes = memoryview(b"")
         self._address = 0
+        self._unused = (0, 0)
         if not _tells(path):
             return
         with suppress(OSError, ValueError), path.open("rb") as file:  # empty, or no address space
@@ -61,20 +64,30 @@ class PageCache:
             self._bytes = memoryview(self._map)
 
     def has(self, offset: int, nbytes: int) -> bool:
-        """Ask whether the system holds a range now: its last page, and one in every 256 KiB.
+        """Ask whether the system holds a range now: its last page, and one in every MiB.
 
         To ask for all pages takes longer than to use them. One that is missing all the same is
         read when it is touched.
         """
-        if self._map is None or not nbytes or offset + nbytes > len(self._bytes):
-            return False
+        return all(map(self._has_page, self._probes(offset, nbytes)))
+
+    def has_most(self, offset: int, nbytes: int) -> bool:
+        """Ask whether it holds more than half of the pages that `has` asks for."""
+        found = [self._has_page(place) for place in self._probes(offset, nbytes)]
+        return 2 * sum(found) > len(found)
+
+    def _probes(self, offset: int, nbytes: int) -> Sequence[int]:
+        """The places to ask at; -1, which nothing holds, for a range that is not in the file."""
         end = offset + nbytes
-        return all(self._has_page(place) for place in (end - 1, *range(offset, end, _PROBE_BYTES)))
+        if self._map is None or not nbytes or end > len(self._bytes):
+            return (-1,)
+        return (end - 1, *range(offset, end, _PROBE_BYTES))
 
     def _has_page(self, offset: int) -> bool:
-        found = ctypes.create_string_buffer(1)
-        page = offset // _PAGE * _PAGE
-        return not _mincore()(self._address + page, 1, found) and found.raw == b"\x01"
+        if offset < 0:
+            return False
+        found, page = ctypes.c_ubyte(), offset // _PAGE * _PAGE
+        return not _mincore()(self._address + page, 1, ctypes.byref(found)) and found.value == 1
 
     def populate(self, offset: int, nbytes: int) -> None:
         """Map a range at once, rather than page by page when it is touched."""
@@ -88,10 +101,20 @@ class PageCache:
         return self._bytes[offset : offset + nbytes]
 
     def forget(self, offset: int, nbytes: int) -> None:
-        """Unmap a range; its pages stay in the page cache, and a view of it stays valid."""
-        if self._map is not None:
-            start = offset // _PAGE * _PAGE
-            self._map.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+        """Unmap a range, soon; its pages stay in the page cache, and a view of it stays valid.
+
+        Neighbours are unmapped together, when they are 8 MiB or another place is forgotten.
+        """
+        begin, end = self._unused
+        if offset - end not in range(_PAGE) or end - begin >= _BATCH_BYTES:
+            self._unmap(begin, end)
+            begin = offset
+        self._unused = (begin, offset + nbytes)
+
+    def _unmap(self, begin: int, end: int) -> None:
+        if self._map is not None and begin < end:
+            start = begin // _PAGE * _PAGE
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
         """Let go of the map: it goes with the last view of it."""
@@ -101,7 +124,7 @@ class PageCache:
 @cache
 def _mincore() -> Any:  # noqa: ANN401  (a function of the C library)
     function = ctypes.PyDLL(None).mincore  # too short to let go of the interpreter for
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     return function
 
 
