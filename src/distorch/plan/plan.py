@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from distorch.errors import FormatError
 from distorch.plan.blocks import Block, Part
 
-__all__ = ["Placement", "Plan", "Ring", "gib"]
+__all__ = ["Placement", "Plan", "Ring", "gib", "read_block"]
 
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -162,10 +162,15 @@ def _check(plan: Plan) -> None:
 
 
 def _placement(item: dict[str, Any]) -> Placement:
-    block = dict(item["block"])
+    return Placement(block=read_block(item["block"]), tier=str(item["tier"]), kind=item["kind"])
+
+
+def read_block(item: dict[str, Any]) -> Block:
+    """Read a block that `dataclasses.asdict` wrote; ValueError if its sizes contradict."""
+    block = dict(item)
     stored = block.pop("nbytes")
     parts = tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in block.pop("parts"))
     made = Block(**block, parts=parts)
     if made.nbytes != stored:
         raise ValueError(f"block {made.name} says {stored} bytes, its parts say {made.nbytes}")
-    return Placement(block=made, tier=str(item["tier"]), kind=item["kind"])
+    return made
