@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any, Literal, Self
 
 from distorch.errors import FormatError
 from distorch.plan.blocks import Block, Part
 
-__all__ = ["Placement", "Plan", "Ring", "gib", "read_block"]
+__all__ = ["Placement", "Plan", "Prediction", "Ring", "gib", "read_block"]
 
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -51,10 +52,35 @@ class Ring:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a step costs on the machine named, as simulated: seconds, bytes, operations.
+
+    ``bound_seconds`` is the least that any schedule could take with these placements;
+    ``limited_by`` says what sets it: ``compute``, or a link or bus.
+    """
+
+    machine: str
+    predicted_seconds: float
+    bound_seconds: float
+    compute_seconds: float
+    limited_by: str
+    streamed_bytes_by_link: dict[str, int]
+    host_ram_bytes: int
+    activation_bytes: int
+    flops: int = 0
+
+    @property
+    def over_bound(self) -> float:
+        """How many times the bound is predicted."""
+        return self.predicted_seconds / self.bound_seconds if self.bound_seconds else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Every block's placement, in execution order as far as it is known, and the ring.
 
-    ``allocation`` is the line it was made from; ``notes`` say what a user should know about it.
+    ``allocation`` is the line it was made from; ``notes`` say what a user should know about it;
+    ``prediction`` what a step costs, where the model's operations and the machine are known.
     """
 
     compute: str
@@ -62,6 +88,7 @@ class Plan:
     placements: tuple[Placement, ...]
     ring: Ring
     notes: tuple[str, ...] = ()
+    prediction: Prediction | None = None
 
     @property
     def model_bytes(self) -> int:
@@ -129,6 +156,8 @@ class Plan:
             data["placements"] = tuple(_placement(item) for item in data["placements"])
             data["ring"] = Ring(**data["ring"])
             data["notes"] = tuple(data["notes"])
+            if data.get("prediction") is not None:
+                data["prediction"] = _prediction(data["prediction"])
             plan = cls(**data)
             _check(plan)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -159,6 +188,21 @@ def _check(plan: Plan) -> None:
     largest = max((plan.placements[i].block.nbytes for i in plan.streamed_order), default=0)
     if largest and (plan.ring.num_slots < 1 or plan.ring.slot_bytes < largest):
         raise ValueError(f"slots of {plan.ring.slot_bytes} bytes, and a block of {largest}")
+
+
+def _prediction(item: dict[str, Any]) -> Prediction:
+    made = Prediction(**item)
+    moved = made.streamed_bytes_by_link
+    numbers = [made.predicted_seconds, made.bound_seconds, made.compute_seconds]
+    counts = [made.host_ram_bytes, made.activation_bytes, made.flops, *moved.values()]
+    texts: list[Any] = [made.machine, made.limited_by, *moved]
+    if any(type(number) not in {int, float} or not 0 <= number < inf for number in numbers):
+        raise ValueError("a predicted time is not a number of seconds")
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("a predicted size is not a whole number from 0 up")
+    if any(type(text) is not str for text in texts):
+        raise ValueError("a name is not text")
+    return made
 
 
 def _placement(item: dict[str, Any]) -> Placement:

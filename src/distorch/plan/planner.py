@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from distorch.allocation import Allocation, Resolved
 from distorch.errors import AllocationError
-from distorch.machine import Machine
+from distorch.machine import Machine, Tier
 from distorch.plan.blocks import Block
+from distorch.plan.cost import lanes
 from distorch.plan.plan import Placement, Plan, Ring, gib
+from distorch.plan.search import TINY_BYTES, deal, resident_sets, shares_by_speed, spread
 
-__all__ = ["make_plan"]
+__all__ = ["Judge", "make_plan"]
 
-_TINY_BYTES = 64 << 10  # a visit of these costs its latency, not its bytes: keep them first
 _SMALL_SLOT_BYTES = 16 << 20
 _SLOTS_IF_SMALL = 4
 _SLOTS_IF_LARGE = 3  # one in use, one ready, one on its way
 _FEWEST_SLOTS = 2
+_SLOTS_TRIED = (2, 3, 4)
+_KEPT_FREE = 10  # `auto` leaves one part in so many, of all memories but disks, to others
+_MANY_VISITS = 6000  # of blocks, in all the plans that are judged: a second, about
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """Says how many seconds a step of a plan takes, so that the best of several can be chosen.
+
+    ``least_seconds`` is what no plan goes below; ``reserve_bytes`` are what the compute device
+    needs beside weights and ring (activations).
+    """
+
+    seconds: Callable[[Plan], float]
+    least_seconds: float = 0.0
+    reserve_bytes: int = 0
 
 
 def make_plan(
@@ -28,11 +45,14 @@ def make_plan(
     *,
     compute: str | None = None,
     ring_bytes: int | None = None,
+    judge: Judge | None = None,
 ) -> Plan:
     """Place every block of a model as ``allocation`` says, streamed ones spread evenly.
 
     ``ring_bytes`` bounds the ring; by default it has four slots of the largest streamed block, or
-    three where that is large, and one for each block that is held while others visit.
+    three where that is large, and one for each block that is held while others visit. With a
+    ``judge``, several placements and rings are tried, and the fastest is returned; ``auto`` then
+    gives each donor bytes in proportion to the speed of its links.
 
     Raises:
         AllocationError: the line does not fit the machine, or the ring is too small for a block.
@@ -48,40 +68,148 @@ def make_plan(
     >>> [placement.tier for placement in plan.placements]
     ['disk', 'cpu', 'disk', 'cpu']
     """
-    model_bytes = sum(block.nbytes for block in blocks)
-    resolved = allocation.resolve(model_bytes, machine, compute)
-    resident = _resident(blocks, resolved.bytes_on(resolved.compute))
-    streamed = [index for index in range(len(blocks)) if index not in resident]
-    rest = next((entry.device for entry in allocation.entries if entry.rest), None)
-    tiers, notes = _deal(blocks, streamed, resolved, rest)
-    placements = tuple(
-        Placement(block=block, tier=tiers[index], kind="streamed")
-        if index in tiers
-        else Placement(block=block, tier=resolved.compute, kind="resident")
-        for index, block in enumerate(blocks)
-    )
-    plan = Plan(
-        compute=resolved.compute,
-        allocation=str(allocation),
-        placements=placements,
-        ring=Ring(),
-        notes=resolved.notes + notes,
-    )
-    visitors = [blocks[index] for index in plan.streamed_order]
-    plan = replace(plan, ring=_ring(visitors, ring_bytes))
-    _check_room(plan, machine)
+    job = _Job(tuple(blocks), allocation, machine, ring_bytes, judge)
+    if allocation.mode == "auto" and judge is not None:
+        plan = _best(job.auto(compute), judge)
+        if plan is None:
+            raise job.too_small(compute)
+    else:
+        model_bytes = sum(block.nbytes for block in blocks)
+        resolved = allocation.resolve(model_bytes, machine, compute)
+        made = job.by_line(resolved)
+        plan = next(made) if judge is None else _best(made, judge)
+        assert plan is not None, "a line that resolves has a plan"
+    _check_room(plan, machine, judge.reserve_bytes if judge else 0)
     return plan
 
 
-def _check_room(plan: Plan, machine: Machine) -> None:
-    """Refuse what whole blocks and the ring add to a line that fitted."""
-    held: Counter[str] = Counter({machine.tier(plan.compute).name: plan.ring.nbytes})
+def _best(plans: Iterable[Plan], judge: Judge) -> Plan | None:
+    """Return the fastest, the first of equals; stop at one that nothing can beat."""
+    best, best_seconds, visits = None, float("inf"), 0
+    for plan in plans:
+        seconds = judge.seconds(plan)
+        if seconds < best_seconds:
+            best, best_seconds = plan, seconds
+        visits += len(plan.placements)
+        if seconds <= judge.least_seconds or visits > _MANY_VISITS:
+            break
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be placed, and how; its methods yield plans, the likeliest first."""
+
+    blocks: tuple[Block, ...]
+    allocation: Allocation
+    machine: Machine
+    ring_bytes: int | None
+    judge: Judge | None
+
+    def by_line(self, resolved: Resolved) -> Iterator[Plan]:
+        """Plans that a line of amounts allows."""
+        budget_bytes = resolved.bytes_on(resolved.compute)
+        rest = next((entry.device for entry in self.allocation.entries if entry.rest), None)
+        sets: Iterable[Iterable[int]] = [_resident(self.blocks, budget_bytes)]
+        if self.judge is not None:
+            sets = resident_sets(self.blocks, budget_bytes)
+        for resident in sets:
+            streamed = [index for index in range(len(self.blocks)) if index not in set(resident)]
+            tiers, notes = _deal(self.blocks, streamed, resolved, rest)
+            visitors = [
+                self.blocks[index] for index in streamed if not self.blocks[index].looked_up
+            ]
+            for ring in self._rings(visitors):
+                yield self._plan(resolved.compute, tiers, ring, resolved.notes + notes)
+
+    def auto(self, compute: str | None) -> Iterator[Plan]:
+        """Plans that fit what is free, donors chosen by the speed of their links."""
+        device = self.allocation.resolve(0, self.machine, compute).compute
+        budget_bytes = self._room(self.machine.tier(device)) - self._reserve_bytes
+        if sum(block.nbytes for block in self.blocks) <= budget_bytes:
+            yield self._plan(device, {}, Ring())
+            return
+        donors = [tier for tier in self.machine.tiers if tier.name != device]
+        rooms = {tier.name: self._room(tier) for tier in sorted(donors, key=lambda t: t.is_disk)}
+        ways = {name: lanes(self.machine, name, device) for name in rooms}
+        visitors = [block for block in self.blocks if not block.looked_up]
+        for most in self._rings(visitors):
+            for resident in resident_sets(self.blocks, budget_bytes - most.nbytes):
+                sizes = {i: b.nbytes for i, b in enumerate(self.blocks) if i not in resident}
+                shares = shares_by_speed([*sizes.values()], rooms, ways)
+                tiers = None if shares is None else deal(sizes, shares, rooms)
+                if tiers is not None:
+                    moved = [self.blocks[i] for i in tiers if not self.blocks[i].looked_up]
+                    ring = replace(_ring(moved, None), num_slots=min(most.num_slots, len(moved)))
+                    yield self._plan(device, tiers, ring)
+
+    def too_small(self, compute: str | None) -> AllocationError:
+        """Say what is missing on a machine that cannot hold the model."""
+        device = self.allocation.resolve(0, self.machine, compute).compute
+        model_bytes = sum(block.nbytes for block in self.blocks)
+        rooms = {tier.name: self._room(tier) for tier in self.machine.tiers}
+        rooms[device] = max(0, rooms[device] - self._reserve_bytes)
+        listed = ", ".join(f"{gib(room)} on {name}" for name, room in rooms.items())
+        return AllocationError(
+            f"the model needs {gib(model_bytes)}, and activations {gib(self._reserve_bytes)} on "
+            f"{device}; machine '{self.machine.name}' has room for {listed}",
+            hint=f"at most {gib(sum(rooms.values()))} of weights fit: a smaller format, a smaller "
+            "size, or more memory",
+        )
+
+    @property
+    def _reserve_bytes(self) -> int:
+        return self.judge.reserve_bytes if self.judge else 0
+
+    def _room(self, tier: Tier) -> int:
+        free_bytes = tier.free_bytes
+        return free_bytes if tier.is_disk else free_bytes * (_KEPT_FREE - 1) // _KEPT_FREE
+
+    def _rings(self, visitors: Sequence[Block]) -> Iterator[Ring]:
+        """The rings to try, the usual one first."""
+        usual = _ring(visitors, self.ring_bytes)
+        yield usual
+        if self.judge is not None and self.ring_bytes is None:
+            more = _held_at_once(visitors)
+            for num_slots in _SLOTS_TRIED:
+                ring = replace(usual, num_slots=min(num_slots + more, max(len(visitors), 2)))
+                if visitors and ring != usual:
+                    yield ring
+
+    def _plan(
+        self, compute: str, tiers: dict[int, str], ring: Ring, notes: tuple[str, ...] = ()
+    ) -> Plan:
+        placements = tuple(
+            Placement(block=block, tier=tiers[index], kind="streamed")
+            if index in tiers
+            else Placement(block=block, tier=compute, kind="resident")
+            for index, block in enumerate(self.blocks)
+        )
+        return Plan(
+            compute=compute,
+            allocation=str(self.allocation),
+            placements=placements,
+            ring=ring,
+            notes=notes,
+        )
+
+
+def _check_room(plan: Plan, machine: Machine, reserve_bytes: int) -> None:
+    """Refuse what whole blocks, the ring and activations add to a line that fitted."""
+    beside_bytes = plan.ring.nbytes + reserve_bytes
+    held: Counter[str] = Counter({machine.tier(plan.compute).name: beside_bytes})
     for name, nbytes in plan.bytes_by_tier.items():
         tier = machine.tier(name)
         held[tier.name] += nbytes
         over_bytes = held[tier.name] - tier.free_bytes
         if over_bytes > 0:
-            what = "its weights and the ring" if name == plan.compute else "whole blocks"
+            what = "whole blocks"
+            if name == plan.compute:
+                what = (
+                    "its weights, the ring and activations"
+                    if reserve_bytes
+                    else ("its weights and the ring")
+                )
             raise AllocationError(
                 f"{what} need {gib(over_bytes)} more than {name} has free",
                 hint=f"an amount for {name} that is smaller by {over_bytes}b",
@@ -101,29 +229,15 @@ def _resident(blocks: Sequence[Block], budget_bytes: int) -> set[int]:
 
     visited = [index for index, block in enumerate(blocks) if not block.looked_up]
     for index in visited:
-        if blocks[index].nbytes <= _TINY_BYTES:
+        if blocks[index].nbytes <= TINY_BYTES:
             keep(index)
     candidates = [index for index in visited if index not in chosen]
-    fitting = sum(blocks[index].nbytes for index in _spread(blocks, candidates, left_bytes))
-    for index in _spread(blocks, candidates, fitting):  # what cannot be used would skew the spread
+    fitting = sum(blocks[index].nbytes for index in spread(blocks, candidates, left_bytes))
+    for index in spread(blocks, candidates, fitting):  # what cannot be used would skew the spread
         keep(index)
     for index in (*visited, *range(len(blocks))):  # what rounding left over, then looked-up rows
         keep(index)
     return chosen
-
-
-def _spread(blocks: Sequence[Block], candidates: Sequence[int], budget_bytes: int) -> list[int]:
-    """Pick candidates so that every run of them holds its share of the budget: an even spread."""
-    total = sum(blocks[index].nbytes for index in candidates)
-    picked, seen_bytes, picked_bytes = [], 0, 0
-    for index in candidates:
-        nbytes = blocks[index].nbytes
-        seen_bytes += nbytes
-        # exact integers: pick when the share due so far covers the block
-        if budget_bytes * seen_bytes >= (picked_bytes + nbytes) * total:
-            picked.append(index)
-            picked_bytes += nbytes
-    return picked
 
 
 def _deal(
@@ -159,10 +273,10 @@ def _deal(
 
 
 def _ring(visitors: Sequence[Block], ring_bytes: int | None) -> Ring:
-    """Size the ring: slots of the largest visitor, one more for each block held meanwhile."""
+    """Size the ring: slots for the largest visitor, one more for each block held meanwhile."""
     if not visitors:
         return Ring()
-    slot_bytes = max(block.nbytes for block in visitors)
+    slot_bytes = max(block.slot_bytes for block in visitors)
     fewest = _FEWEST_SLOTS + _held_at_once(visitors)
     if ring_bytes is None:
         wanted = _SLOTS_IF_SMALL if slot_bytes <= _SMALL_SLOT_BYTES else _SLOTS_IF_LARGE
@@ -172,8 +286,8 @@ def _ring(visitors: Sequence[Block], ring_bytes: int | None) -> Ring:
         if num_slots < fewest:
             largest = max(visitors, key=lambda block: block.nbytes)
             raise AllocationError(
-                f"a ring of {gib(ring_bytes)} cannot hold {fewest} slots of {gib(slot_bytes)}, "
-                f"the largest block ({largest.name})",
+                f"a ring of {gib(ring_bytes)} cannot hold {fewest} slots of {gib(slot_bytes)} "
+                f"for the largest block ({largest.name})",
                 hint=f'ring="{fewest * slot_bytes}b", or more weights at rest',
             )
     return Ring(num_slots=min(num_slots, max(len(visitors), fewest)), slot_bytes=slot_bytes)

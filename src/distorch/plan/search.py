@@ -1,0 +1,142 @@
+"""Ways to place a model: which blocks stay, and which donor gets which of the others. Pure.
+
+Each candidate keeps another set of blocks on the compute device. Sets are nested: what a smaller
+budget could choose, a larger one can choose too, with more blocks beside it. So more memory is
+never predicted slower. The candidates: even spreads of every density that fits, each filled up
+with the blocks that lie farthest from those that stay; and the contiguous prefix that others keep.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from distorch.plan.blocks import Block
+
+__all__ = ["TINY_BYTES", "deal", "resident_sets", "shares_by_speed", "spread"]
+
+_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fall ever farther from each other
+TINY_BYTES = 64 << 10  # a visit of these costs its latency, not its bytes: keep them first
+_LEVELS = 24  # densities tried: all of them for models of so many blocks
+_MANY_BLOCKS = 600  # more than these are so fine that the first candidate is as good as any
+
+
+def resident_sets(blocks: Sequence[Block], budget_bytes: int) -> Iterator[frozenset[int]]:
+    """Yield sets of blocks that fit ``budget_bytes`` of the compute device, the likeliest first."""
+    tiny = [i for i, block in enumerate(blocks) if not block.looked_up and _is_tiny(block)]
+    rest = [i for i, block in enumerate(blocks) if not block.looked_up and not _is_tiny(block)]
+    looked_up = [i for i, block in enumerate(blocks) if block.looked_up]
+    far = _far_apart(blocks, rest)
+    total = sum(blocks[index].nbytes for index in rest)
+    seen: set[frozenset[int]] = set()
+    for first in _densities(blocks, rest, total, budget_bytes):
+        chosen = set(first)
+        order = [*tiny, *first, *(index for index in far if index not in chosen), *looked_up]
+        found = _fitting(blocks, order, budget_bytes)
+        if found not in seen and chosen <= found:
+            seen.add(found)
+            yield found
+    prefix = _fitting(blocks, [*tiny, *rest, *looked_up], budget_bytes)
+    if prefix not in seen:
+        yield prefix
+
+
+def _is_tiny(block: Block) -> bool:
+    return block.nbytes <= TINY_BYTES
+
+
+def _densities(
+    blocks: Sequence[Block], rest: Sequence[int], total: int, budget_bytes: int
+) -> Iterator[list[int]]:
+    """Even spreads of ``rest``, the densest that fits first; nothing at all is the last."""
+    num = len(rest)
+    if num > _MANY_BLOCKS:
+        yield []
+        return
+    step = max(1, num // _LEVELS)
+    for level in range(num - num % step, 0, -step):
+        first = spread(blocks, rest, total * level // num)
+        if first and sum(blocks[index].nbytes for index in first) <= budget_bytes:
+            yield first
+    yield []
+
+
+def spread(blocks: Sequence[Block], candidates: Sequence[int], budget_bytes: int) -> list[int]:
+    """Pick candidates so that every run of them holds its share of the budget: an even spread."""
+    total = sum(blocks[index].nbytes for index in candidates)
+    picked, seen_bytes, picked_bytes = [], 0, 0
+    for index in candidates:
+        nbytes = blocks[index].nbytes
+        seen_bytes += nbytes
+        # exact integers: pick when the share due so far covers the block
+        if budget_bytes * seen_bytes >= (picked_bytes + nbytes) * total:
+            picked.append(index)
+            picked_bytes += nbytes
+    return picked
+
+
+def _far_apart(blocks: Sequence[Block], indices: Sequence[int]) -> list[int]:
+    """Order blocks so that the first few of the list, however few, lie far apart in the model."""
+    total = sum(blocks[index].nbytes for index in indices)
+    middles, seen_bytes = [], 0
+    for index in indices:
+        middles.append((2 * seen_bytes + blocks[index].nbytes) / (2 * total))
+        seen_bytes += blocks[index].nbytes
+    left = list(zip(middles, indices, strict=True))
+    order = []
+    for turn in range(len(indices)):
+        place = bisect_left(left, ((turn + 1) * _GOLDEN % 1.0, -1))
+        order.append(left.pop(place % len(left))[1])
+    return order
+
+
+def _fitting(blocks: Sequence[Block], order: Iterable[int], budget_bytes: int) -> frozenset[int]:
+    """The longest beginning of ``order`` that fits."""
+    found = []
+    for index in order:
+        budget_bytes -= blocks[index].nbytes
+        if budget_bytes < 0:
+            break
+        found.append(index)
+    return frozenset(found)
+
+
+def shares_by_speed(
+    sizes: Sequence[int], rooms: Mapping[str, int], lanes: Mapping[str, Mapping[str, float]]
+) -> dict[str, int] | None:
+    """Return how many bytes each donor gets so that the busiest link or bus is done earliest.
+
+    Links that run side by side get bytes in proportion to their speeds; those that share a bus
+    get no more than it carries. Where it makes no difference, the first donor is preferred. None
+    where there is no room.
+    """
+    busy: defaultdict[str, float] = defaultdict(float)
+    shares = dict.fromkeys(rooms, 0)
+    for nbytes in sorted(sizes, reverse=True):
+        able = [name for name in rooms if shares[name] + nbytes <= rooms[name]]
+        if not able:
+            return None
+        best = min(able, key=lambda name: max(busy[i] + nbytes / v for i, v in lanes[name].items()))
+        shares[best] += nbytes
+        for lane, bytes_per_second in lanes[best].items():
+            busy[lane] += nbytes / bytes_per_second
+    return shares
+
+
+def deal(
+    sizes: Mapping[int, int], shares: Mapping[str, int], rooms: Mapping[str, int]
+) -> dict[int, str] | None:
+    """Deal blocks in their order so that every run of them holds each donor's share of it.
+
+    ``sizes`` are bytes by block. None where what is left of a block fits no donor's room.
+    """
+    held = {name: 0 for name, share in shares.items() if share}
+    tiers = {}
+    for index, nbytes in sizes.items():
+        able = [name for name in held if held[name] + nbytes <= rooms[name]]
+        if not able:
+            return None
+        tiers[index] = min(able, key=lambda name: (held[name] + nbytes) / shares[name])
+        held[tiers[index]] += nbytes
+    return tiers

@@ -1,0 +1,309 @@
+"""Says what a step will cost before it runs: the runtime's own schedule, on a clock that is free.
+
+`Schedule` decides what comes when, here as in the executor; only the transfers are played. Each
+donor sends its blocks one after another over the links to the compute device; transfers that meet
+on a link or a bus share its speed. What is simulated is a step in the middle of many: the ring is
+warm, and the end of a step already brings the start of the next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from distorch.machine import Machine
+from distorch.plan.cost import Profile, block_seconds, bound, lanes, steady_bytes
+from distorch.plan.plan import Plan, Prediction
+from distorch.run.schedule import Schedule
+
+__all__ = ["Overlap", "Span", "Timeline", "predict", "simulate", "with_prediction"]
+
+Overlap = Literal["ring", "one ahead", "none"]
+"""How copies meet compute: ours; the next block only, from scratch each step; or not at all."""
+
+_WARM_STEPS = 2  # then each step is like the one before
+_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that lasted: ``lane`` is ``compute``, ``wait``, or the donor that sent a block."""
+
+    lane: str
+    block: int
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """One step in the middle of many, in seconds from its begin.
+
+    ``spans`` of donors may begin before 0: the ring is filled ahead.
+    """
+
+    step_seconds: float
+    waited_seconds: float
+    spans: tuple[Span, ...] = ()
+
+
+def predict(plan: Plan, profile: Profile, machine: Machine) -> Prediction:
+    """Return what a step of ``profile`` costs as ``plan`` places it on ``machine``.
+
+    Raises:
+        MachineError: the machine does not say how fast the device computes, or a donor's link is.
+    """
+    seconds = block_seconds(profile, machine.compute(plan.compute))
+    timeline = simulate(plan, seconds, machine)
+    bound_seconds, limited_by = bound(plan, seconds, machine)
+    moved = steady_bytes(plan)
+    held = plan.bytes_by_tier
+    on_host = plan.compute == "cpu"
+    stages = any(machine.tier(name).is_disk for name in moved)
+    return Prediction(
+        machine=machine.name,
+        predicted_seconds=timeline.step_seconds,
+        bound_seconds=bound_seconds,
+        compute_seconds=sum(seconds),
+        limited_by=limited_by,
+        streamed_bytes_by_link={f"{name}->{plan.compute}": count for name, count in moved.items()},
+        host_ram_bytes=held.get("cpu", 0)
+        + (plan.ring.nbytes if on_host or stages else 0)
+        + (profile.activation_bytes if on_host else 0),
+        activation_bytes=profile.activation_bytes,
+        flops=profile.total_flops,
+    )
+
+
+def with_prediction(plan: Plan, profile: Profile, machine: Machine) -> Plan:
+    """Return the plan with what it will cost."""
+    return replace(plan, prediction=predict(plan, profile, machine))
+
+
+def simulate(
+    plan: Plan,
+    seconds: Sequence[float],
+    machine: Machine,
+    *,
+    overlap: Overlap = "ring",
+    trace: bool = False,
+) -> Timeline:
+    """Play steps of ``plan``, whose blocks compute for ``seconds`` each, and return one of them.
+
+    ``overlap`` plays how others copy: ``"none"`` copies each block when it is needed, as
+    ComfyUI-MultiGPU does; ``"one ahead"`` brings the next block while one computes, and begins
+    each step with nothing, as group offloading does. ``trace`` keeps the spans.
+
+    Raises:
+        MachineError: a donor has no link to the compute device.
+
+    >>> from distorch.machine import Link, Machine, Tier
+    >>> from distorch.plan.blocks import Block, Part
+    >>> from distorch.plan.plan import Placement, Ring
+    >>> tiers = tuple(Tier(name=n, capacity_bytes=99, free_bytes=99) for n in ("cuda:0", "cpu"))
+    >>> link = Link(source="cpu", target="cuda:0", bytes_per_second=64.0)
+    >>> machine = Machine(name="slow", tiers=tiers, links=(link,))
+    >>> parts = [Part(tensor=f"w{i}", dtype="U8", shape=(64,), nbytes=64) for i in range(4)]
+    >>> blocks = [Block(name=part.tensor, parts=(part,), module=part.tensor) for part in parts]
+    >>> placed = tuple(Placement(block=b, tier="cpu", kind="streamed") for b in blocks)
+    >>> ring = Ring(num_slots=2, slot_bytes=64)
+    >>> plan = Plan(compute="cuda:0", allocation="cuda:0,0b;cpu,*", placements=placed, ring=ring)
+    >>> [simulate(plan, [1.0] * 4, machine, overlap=how).step_seconds for how in ("ring", "none")]
+    [4.0, 8.0]
+    """
+    run = _Run(plan, seconds, _Transfers(machine, plan.compute), overlap)
+    for _ in range(_WARM_STEPS):
+        run.step()
+    began, waited = run.clock, run.waited
+    run.trace = trace
+    for _ in range(_STEPS):
+        run.step()
+    step_seconds = (run.clock - began) / _STEPS
+    shown = (
+        replace(span, begin=span.begin - began, end=span.end - began)
+        for span in run.spans
+        if began < span.end and span.begin < began + step_seconds
+    )
+    return Timeline(
+        step_seconds=max(
+            step_seconds, bound(plan, seconds, machine)[0] if overlap == "ring" else 0
+        ),
+        waited_seconds=(run.waited - waited) / _STEPS,
+        spans=tuple(sorted(shown, key=lambda span: (span.lane, span.begin))),
+    )
+
+
+class _Run:
+    """One compute thread, as the executor serves it."""
+
+    def __init__(
+        self, plan: Plan, seconds: Sequence[float], transfers: _Transfers, overlap: Overlap
+    ) -> None:
+        self.clock = 0.0
+        self.waited = 0.0
+        self.trace = False
+        self.spans: list[Span] = []
+        self._plan = plan
+        self._seconds = seconds
+        self._transfers = transfers
+        self._overlap = overlap
+        self._schedule = self._fresh()
+        self._visits = [
+            placement.kind == "streamed" and not placement.block.looked_up
+            for placement in plan.placements
+        ]
+
+    def _fresh(self) -> Schedule:
+        if self._overlap == "none":
+            return Schedule(order=(), num_slots=1)
+        num_slots = self._plan.ring.num_slots if self._overlap == "ring" else 2
+        return Schedule(order=self._plan.streamed_order, num_slots=num_slots)
+
+    def step(self) -> None:
+        """Run all blocks once."""
+        if self._overlap == "one ahead":
+            self._schedule = self._fresh()
+        self._schedule.begin_step()
+        for index, visits in enumerate(self._visits):
+            slot = self._acquire(index) if visits else None
+            self._pass("compute", index, self.clock + self._seconds[index])
+            if slot is not None:
+                self._schedule.release(slot)
+                self._dispatch()
+        self._schedule.end_step(complete=True)
+
+    def _acquire(self, index: int) -> int:
+        began = self.clock
+        while (slot := self._schedule.acquire(index)) is None:
+            self._dispatch()
+            at, arrived = self._transfers.next_arrival()
+            self._arrive(at, arrived)
+            self.clock = at
+        if self.clock > began:
+            self.waited += self.clock - began
+            self._note("wait", index, began, self.clock)
+        return slot
+
+    def _pass(self, lane: str, index: int, until: float) -> None:
+        """Let time pass; what arrives meanwhile may make room for more."""
+        began = self.clock
+        for at, arrived in self._transfers.arrivals(until):
+            self._arrive(at, arrived)
+        self.clock = until
+        self._note(lane, index, began, until)
+
+    def _arrive(self, at: float, arrived: _Transfer) -> None:
+        self._schedule.arrived(arrived.slot)
+        self._note(arrived.tier, arrived.block, arrived.began, at)
+
+    def _dispatch(self) -> None:
+        while (fetch := self._schedule.next_fetch()) is not None:
+            placement = self._plan.placements[fetch.block]
+            self._transfers.send(
+                _Transfer(placement.tier, fetch.block, fetch.slot, placement.block.nbytes),
+                self.clock,
+            )
+
+    def _note(self, lane: str, block: int, begin: float, end: float) -> None:
+        if self.trace and end > begin:
+            self.spans.append(Span(lane, block, begin, end))
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """A block under way: ``left_bytes`` to go, after ``left_seconds`` of latency."""
+
+    tier: str
+    block: int
+    slot: int
+    left_bytes: float
+    left_seconds: float = 0.0
+    began: float = 0.0
+
+
+@dataclass(slots=True)
+class _Donor:
+    """One donor's queue; its first transfer is under way."""
+
+    lanes: dict[str, float]
+    latency_seconds: float
+    queue: deque[_Transfer] = field(default_factory=deque)
+    bytes_per_second: float = 0.0
+
+
+class _Transfers:
+    """All donors sending at once, each lane's speed shared by those on it."""
+
+    def __init__(self, machine: Machine, compute: str) -> None:
+        self._machine = machine
+        self._compute = compute
+        self._donors: dict[str, _Donor] = {}
+        self._clock = 0.0
+
+    def send(self, transfer: _Transfer, now: float) -> None:
+        """Queue a transfer at its donor."""
+        donor = self._donors.get(transfer.tier)
+        if donor is None:
+            route = self._machine.route(transfer.tier, self._compute)
+            donor = self._donors[transfer.tier] = _Donor(
+                lanes(self._machine, transfer.tier, self._compute),
+                sum(link.latency_seconds for link in route),
+            )
+        self._let_pass(now)
+        donor.queue.append(transfer)
+        if len(donor.queue) == 1:
+            self._begin(donor)
+
+    def arrivals(self, until: float) -> Iterator[tuple[float, _Transfer]]:
+        """Yield what arrives up to a time, in order."""
+        while (found := self._first()) is not None and found[0] <= until:
+            yield self._finish(*found)
+        self._let_pass(until)
+
+    def next_arrival(self) -> tuple[float, _Transfer]:
+        """Wait for the next arrival."""
+        found = self._first()
+        assert found is not None, "something is under way"
+        return self._finish(*found)
+
+    def _first(self) -> tuple[float, _Donor] | None:
+        found: tuple[float, _Donor] | None = None
+        for donor in self._donors.values():
+            if donor.queue:
+                head = donor.queue[0]
+                at = self._clock + head.left_seconds + head.left_bytes / donor.bytes_per_second
+                if found is None or at < found[0]:
+                    found = at, donor
+        return found
+
+    def _finish(self, at: float, donor: _Donor) -> tuple[float, _Transfer]:
+        self._let_pass(at)
+        transfer = donor.queue.popleft()
+        self._begin(donor)
+        return at, transfer
+
+    def _begin(self, donor: _Donor) -> None:
+        """Start a donor's next transfer, if it has one, and share the lanes anew."""
+        if donor.queue:
+            donor.queue[0].began = self._clock
+            donor.queue[0].left_seconds = donor.latency_seconds
+        busy = [other for other in self._donors.values() if other.queue]
+        for other in busy:
+            other.bytes_per_second = min(
+                speed / sum(lane in each.lanes for each in busy)
+                for lane, speed in other.lanes.items()
+            )
+
+    def _let_pass(self, now: float) -> None:
+        passed = now - self._clock
+        if passed <= 0:
+            return
+        for donor in self._donors.values():
+            if donor.queue:
+                head = donor.queue[0]
+                moving = max(0.0, passed - head.left_seconds)
+                head.left_seconds = max(0.0, head.left_seconds - passed)
+                head.left_bytes = max(0.0, head.left_bytes - moving * donor.bytes_per_second)
+        self._clock = now
