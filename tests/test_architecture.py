@@ -64,7 +64,8 @@ INNER_MODULES = sorted(set(MODULES) - {"distorch", "distorch.__main__"})
 
 def _room(module: str) -> str:
     name = module.split(".")[1]
-    return "allocation" if name == "_allocation_parse" else name
+    # A module of one underscore belongs to the room that it is named after.
+    return name.removeprefix("_").partition("_")[0] if name.startswith("_") else name
 
 
 def _imported(node: ast.AST, *, with_types: bool) -> Iterator[str]:

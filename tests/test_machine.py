@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 
-from distorch import machine as module
+from distorch import _machine_detect as module
 from distorch.errors import MachineError
 from distorch.machine import Link, Machine, Tier
 from tests.strategies import machines
@@ -74,7 +74,7 @@ def write(root: Path, files: dict[str, object]) -> Path:
 
 
 def within(root: Path, physical_mib: int = 1000, free_mib: int = 900) -> tuple[float, float]:
-    memory = module._Memory(physical_mib * MIB, free_mib * MIB)
+    memory = module.Memory(physical_mib * MIB, free_mib * MIB)
     found = module._within(memory, module._cgroup_limits(root))
     return found.capacity_bytes / MIB, found.free_bytes / MIB
 

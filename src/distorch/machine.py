@@ -1,80 +1,38 @@
-"""The machine: its memories (tiers), the paths between them (links), and what is free right now.
+"""The machine: its memories (tiers), the paths between them (links), and how fast each is.
 
 A `Machine` is a value: the planner, the simulator and the allocation language read it and never
-ask the hardware. `Machine.detect` is the one place that does. It imports no torch, so that
-``distorch plan`` answers at once, and it reads each fact of the operating system in a small
-function of its own, which answers "nothing known" where there is nothing to read.
+ask the hardware. `Machine.detect` is the one place that does; `Machine.load` reads a description
+from a file instead. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
 import platform
 import re
-import shutil
-import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import psutil  # type: ignore[import-untyped,unused-ignore]
+from platformdirs import user_config_path
 
+from distorch._machine_detect import read_memories
+from distorch._machine_file import dump, parse, profile_names, profile_text, read, replace_file
+from distorch._machine_parts import Compute, Link, Tier, check_speed, listed
 from distorch.errors import MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["Link", "Machine", "Tier"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tier:
-    """One memory of a machine: how much it has, and how much of that is free.
-
-    >>> Tier(name="cuda:0", capacity_bytes=12 * 2**30, free_bytes=11 * 2**30).name
-    'cuda:0'
-    """
-
-    name: str
-    capacity_bytes: int
-    free_bytes: int
-
-    def __post_init__(self) -> None:
-        """Refuse what no memory can be."""
-        if min(self.capacity_bytes, self.free_bytes) < 0:
-            problem = f"{self.name} has negative bytes"
-            raise MachineError(problem, hint="capacity_bytes and free_bytes are zero or more")
-
-    @property
-    def is_disk(self) -> bool:
-        """Whether this memory is a file system: it stores weights and cannot compute.
-
-        >>> Tier(name="disk:/mnt/nvme", capacity_bytes=8, free_bytes=4).is_disk
-        True
-        """
-        return self.name.partition(":")[0] == "disk"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """A directed path between two tiers. Links that name the same ``bus`` share its speed.
-
-    >>> Link(source="cpu", target="cuda:0", bytes_per_second=25e9, bus="pcie:0").latency_seconds
-    0.0
-    """
-
-    source: str
-    target: str
-    bytes_per_second: float
-    latency_seconds: float = 0.0
-    bus: str = ""
+__all__ = ["Compute", "Link", "Machine", "Tier"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """The tiers of one machine, those that compute fastest first, and the links between them.
+
+    ``computes`` says how fast devices compute. ``buses`` has the bytes/s that all links of a bus
+    have together; a bus that is not there has those of its fastest link.
 
     >>> cpu = Tier(name="cpu", capacity_bytes=64 * 2**30, free_bytes=48 * 2**30)
     >>> Machine(name="laptop", tiers=(cpu,)).tier("cpu").free_bytes // 2**30
@@ -84,13 +42,33 @@ class Machine:
     name: str
     tiers: tuple[Tier, ...]
     links: tuple[Link, ...] = ()
+    computes: tuple[Compute, ...] = ()
+    buses: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse two tiers of one name: a name must find exactly one."""
-        names = [tier.name for tier in self.tiers]
+        """Refuse names that find two things or none."""
+        tiers = [tier.name for tier in self.tiers]
+        self._check_once("a tier", tiers)
+        self._check_once("a link", [f"{link.source} -> {link.target}" for link in self.links])
+        self._check_once("the compute rate of a device", [rate.device for rate in self.computes])
+        self._check_once("a bus", [bus for bus, _ in self.buses])
+        ends = [end for link in self.links for end in (link.source, link.target)]
+        self._check_there("a link", ends, tiers)
+        self._check_there("a compute rate", [rate.device for rate in self.computes], tiers)
+        self._check_there("a bus", [bus for bus, _ in self.buses], [x.bus for x in self.links])
+        for bus, speed in self.buses:
+            check_speed(f"the bus {bus!r}", "bytes_per_second", speed)
+
+    def _check_once(self, what: str, names: Sequence[str]) -> None:
         if len(set(names)) < len(names):
-            problem = f"machine '{self.name}' names a tier twice: {', '.join(names)}"
-            raise MachineError(problem, hint="give every tier a name of its own")
+            problem = f"machine '{self.name}' names {what} twice: {', '.join(names)}"
+            raise MachineError(problem, hint=f"name {what} once")
+
+    def _check_there(self, what: str, names: Sequence[str], there: Sequence[str]) -> None:
+        for name in names:
+            if name not in there:
+                problem = f"machine '{self.name}' has {what} of '{name}', which it does not have"
+                raise MachineError(problem, hint=f"one of {listed(sorted(set(there) - {''}))}")
 
     def tier(self, name: str) -> Tier:
         """Return the tier of that name; ``disk:/path`` falls back to ``disk``.
@@ -100,14 +78,90 @@ class Machine:
         'disk'
         """
         by_name = {tier.name: tier for tier in self.tiers}
-        found = by_name.get(name)
-        if found is None and name.startswith("disk:"):
-            found = by_name.get("disk")
+        found = by_name.get(name) or by_name.get(_without_path(name))
         if found is None:
             has = ", ".join(by_name) or "no memory at all"
             problem = f"machine '{self.name}' has no '{name}'"
             raise MachineError(problem, hint=f"a device it has: {has}")
         return found
+
+    def link(self, source: str, target: str) -> Link:
+        """Return the link from one tier to another; ``disk:/path`` falls back to ``disk``.
+
+        Raises:
+            MachineError: nothing leads there directly.
+
+        >>> there = Machine.load("rtx4070-12gb").link("cpu", "cuda:0")
+        >>> there.bytes_per_second / 1e9
+        24.0
+        """
+        found = self._find_link(source, target)
+        if found is None:
+            has = listed(f"{link.source} -> {link.target}" for link in self.links)
+            raise MachineError(
+                f"machine '{self.name}' has no link {source} -> {target}, but {has}",
+                hint="distorch probe measures the links of this machine",
+            )
+        return found
+
+    def route(self, source: str, target: str) -> tuple[Link, ...]:
+        """Return the links from one tier to another: the direct one, or two through ``cpu``.
+
+        From a tier to itself there is nothing to cross.
+
+        Raises:
+            MachineError: no such links.
+
+        >>> [link.source for link in Machine.load("rtx4070-12gb").route("disk", "cuda:0")]
+        ['disk', 'cpu']
+        """
+        if source == target:
+            return ()
+        direct = self._find_link(source, target)
+        if direct is not None:
+            return (direct,)
+        first, second = self._find_link(source, "cpu"), self._find_link("cpu", target)
+        if first is not None and second is not None:
+            return (first, second)
+        return (self.link(source, target),)  # raises
+
+    def _find_link(self, source: str, target: str) -> Link | None:
+        by_ends = {(link.source, link.target): link for link in self.links}
+        plain = _without_path(source), _without_path(target)
+        return by_ends.get((source, target)) or by_ends.get(plain)
+
+    def bus_speed(self, bus: str) -> float:
+        """Return the bytes/s that all links of a bus have together.
+
+        Raises:
+            MachineError: no link is on that bus.
+
+        >>> Machine.load("rtx4070-12gb").bus_speed("pcie0.in") / 1e9
+        24.0
+        """
+        speeds = [link.bytes_per_second for link in self.links if bus and link.bus == bus]
+        if not speeds:
+            has = listed(sorted({link.bus for link in self.links} - {""}))
+            problem = f"machine '{self.name}' has no bus {bus!r}"
+            raise MachineError(problem, hint=f"one of its buses: {has}")
+        return dict(self.buses).get(bus, max(speeds))
+
+    def compute(self, device: str) -> Compute:
+        """Return how fast a device computes.
+
+        Raises:
+            MachineError: it was not measured.
+
+        >>> Machine.load("rtx4070-12gb").compute("cuda:0").bytes_per_second / 1e9
+        504.0
+        """
+        for rate in self.computes:
+            if rate.device == device:
+                return rate
+        raise MachineError(
+            f"how fast '{device}' of machine '{self.name}' computes is not known",
+            hint="distorch probe measures this machine",
+        )
 
     def replace_tier(self, tier: Tier) -> Machine:
         """Return this machine with ``tier`` in place of the one of its name, or added last.
@@ -128,169 +182,126 @@ class Machine:
         >>> [tier.name for tier in Machine.detect().tiers][-2:]
         ['cpu', 'disk']
         """
-        memories = {f"cuda:{index}": card for index, card in enumerate(_nvidia_cards())}
-        memories["cpu"] = _within(_host_memory(), _cgroup_limits(Path("/")))
-        memories["disk"] = _disk_space(disk or Path(tempfile.gettempdir()))
         tiers = (
             Tier(name=name, capacity_bytes=memory.capacity_bytes, free_bytes=memory.free_bytes)
-            for name, memory in memories.items()
+            for name, memory in read_memories(disk).items()
         )
         return cls(name=platform.node() or "this machine", tiers=tuple(tiers))
 
+    @classmethod
+    def here(cls, disk: Path | None = None) -> Machine:
+        """Describe this machine as it is now, with the speeds that ``distorch probe`` saved.
 
-class _Memory(NamedTuple):
-    """What one reading of one memory says."""
+        Raises:
+            MachineError: what was saved cannot be read any more.
 
-    capacity_bytes: int
-    free_bytes: int
+        >>> "cpu" in {tier.name for tier in Machine.here().tiers}
+        True
+        """
+        found, saved = cls.detect(disk), cls.probe_path()
+        if not saved.exists():
+            return found
+        try:
+            return found.measured_by(cls.load(saved))
+        except MachineError as error:
+            raise MachineError(
+                f"the speeds of this machine were saved, but {error.problem}",
+                hint="distorch probe, which measures and saves them again",
+            ) from error
 
+    @staticmethod
+    def probe_path() -> Path:
+        """Return where ``distorch probe`` saves the speeds of this machine, by its host name.
 
-def _host_memory() -> _Memory:
-    """Read the physical memory, and what is available of it without swapping."""
-    memory = psutil.virtual_memory()
-    return _Memory(int(memory.total), int(memory.available))
+        >>> Machine.probe_path().suffix
+        '.toml'
+        """
+        node = re.sub(r"[^\w.-]", "-", platform.node()) or "this-machine"
+        return user_config_path("distorch") / "machines" / f"{node}.toml"
 
+    def measured_by(self, profile: Machine) -> Machine:
+        """Return these tiers with the links and rates that ``profile`` has for them.
 
-def _within(memory: _Memory, limits: Iterable[_Memory]) -> _Memory:
-    """Return what is left of ``memory`` inside every one of ``limits``."""
-    everything = [memory, *limits]
-    capacity_bytes = min(limit.capacity_bytes for limit in everything)
-    free_bytes = min(limit.free_bytes for limit in everything)
-    return _Memory(capacity_bytes, max(0, min(free_bytes, capacity_bytes)))
+        >>> profile = Machine.load("rtx4070-12gb")
+        >>> Machine(name="box", tiers=profile.tiers).measured_by(profile).links == profile.links
+        True
+        """
+        here = {tier.name for tier in self.tiers}
+        links = tuple(link for link in profile.links if {link.source, link.target} <= here)
+        buses = {link.bus for link in links}
+        return replace(
+            self,
+            links=links,
+            computes=tuple(rate for rate in profile.computes if rate.device in here),
+            buses=tuple((bus, speed) for bus, speed in profile.buses if bus in buses),
+        )
 
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Machine:
+        """Read a description: a known machine by name, or a TOML file by a path.
 
-class _CgroupVersion(NamedTuple):
-    """Where one version of control groups keeps its numbers."""
+        Raises:
+            MachineError: there is no such machine or file, or it does not describe a machine.
 
-    mounts: tuple[str, ...]
-    limit: str
-    usage: str
-    page_cache: tuple[str, ...]
-
-
-# A hybrid host mounts version 2 beside version 1, under "unified".
-_CGROUP_V2 = _CgroupVersion(
-    mounts=("sys/fs/cgroup", "sys/fs/cgroup/unified"),
-    limit="memory.max",
-    usage="memory.current",
-    page_cache=("active_file", "inactive_file"),
-)
-_CGROUP_V1 = _CgroupVersion(
-    mounts=("sys/fs/cgroup/memory",),
-    limit="memory.limit_in_bytes",
-    usage="memory.usage_in_bytes",
-    page_cache=("total_active_file", "total_inactive_file"),
-)
-
-
-def _cgroup_limits(root: Path) -> list[_Memory]:
-    """Read every memory limit above this process; none where there are no control groups.
-
-    A limit binds everything below it, so the tightest may be that of any ancestor. The page cache
-    counts as used although the kernel drops it on demand, so it is added back; "file" in
-    memory.stat would count shared memory too, which the kernel cannot drop.
-    """
-    limits = []
-    for version, folder in _cgroup_folders(root):
-        limit_bytes = _read_int(folder / version.limit)
-        usage_bytes = _read_int(folder / version.usage)
-        if limit_bytes is None or usage_bytes is None:
-            continue
-        stat = _read_counters(folder / "memory.stat")
-        cache_bytes = sum(stat.get(key, 0) for key in version.page_cache)
-        limits.append(_Memory(limit_bytes, limit_bytes - max(0, usage_bytes - cache_bytes)))
-    return limits
-
-
-def _cgroup_folders(root: Path) -> Iterator[tuple[_CgroupVersion, Path]]:
-    """Yield the folder of this process's control group and of all its ancestors.
-
-    A container may see its host's path in /proc while its own group is mounted as the top, so
-    folders that do not exist are walked through like any other.
-    """
-    for line in _read_text(root / "proc/self/cgroup").splitlines():
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if hierarchy == "0":
-            version = _CGROUP_V2
-        elif "memory" in controllers.split(","):
-            version = _CGROUP_V1
+        >>> Machine.load("rtx4070-12gb").tiers[0].name
+        'cuda:0'
+        """
+        text = os.fspath(name_or_path)
+        if isinstance(name_or_path, Path) or text.endswith(".toml") or Path(text).name != text:
+            parsed = parse(read(Path(text)), where=text)
         else:
-            continue
-        parts = [part for part in path.split("/") if part not in {"", ".", ".."}]
-        for mount in version.mounts:
-            for depth in range(len(parts), -1, -1):
-                yield version, root.joinpath(mount, *parts[:depth])
+            parsed = parse(profile_text(text), where=text)
+        try:
+            return cls(
+                name=parsed["name"],
+                tiers=tuple(Tier(**row) for row in parsed["tier"]),
+                links=tuple(Link(**row) for row in parsed["link"]),
+                computes=tuple(Compute(**row) for row in parsed["compute"]),
+                buses=tuple((row["name"], row["bytes_per_second"]) for row in parsed["bus"]),
+            )
+        except MachineError as error:
+            raise MachineError(f"{text}: {error.problem}", hint=error.hint) from error
+
+    @staticmethod
+    def known() -> tuple[str, ...]:
+        """Return the names of the machines that `load` knows.
+
+        >>> "2x-rtx3090-nvlink" in Machine.known()
+        True
+        """
+        return profile_names()
+
+    def to_toml(self) -> str:
+        r"""Return this machine as the text of a file that `load` reads.
+
+        >>> Machine(name="laptop", tiers=()).to_toml()
+        'name = "laptop"\ntier = []\n'
+        """
+        return dump(
+            self.name,
+            {
+                "tier": [asdict(tier) for tier in self.tiers],
+                "link": [asdict(link) for link in self.links],
+                "compute": [asdict(rate) for rate in self.computes],
+                "bus": [{"name": bus, "bytes_per_second": speed} for bus, speed in self.buses],
+            },
+        )
+
+    def save(self, path: Path) -> None:
+        """Write this machine to a file that `load` reads; the file is whole or as it was.
+
+        Raises:
+            StorageError: it cannot be written.
+
+        >>> import tempfile
+        >>> laptop = Machine.load("laptop-32gb")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     laptop.save(Path(folder, "machine.toml"))
+        ...     Machine.load(Path(folder, "machine.toml")) == laptop
+        True
+        """
+        replace_file(path, self.to_toml())
 
 
-def _read_text(path: Path) -> str:
-    """Read a small file of the kernel; empty where there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _read_int(path: Path) -> int | None:
-    """Read a number; None where there is none, or where it is the word "max"."""
-    text = _read_text(path).strip()
-    return int(text) if text.isascii() and text.isdigit() else None
-
-
-def _read_counters(path: Path) -> dict[str, int]:
-    """Read lines of "name number"."""
-    pairs = re.findall(r"^(\w+) ([0-9]+)$", _read_text(path), re.MULTILINE)
-    return {name: int(number) for name, number in pairs}
-
-
-def _disk_space(path: Path) -> _Memory:
-    """Read the file system that holds ``path``, which need not exist yet."""
-    for folder in (path.absolute(), *path.absolute().parents):
-        with contextlib.suppress(OSError):
-            usage = shutil.disk_usage(folder)
-            return _Memory(usage.total, usage.free)
-    return _Memory(0, 0)
-
-
-def _nvidia_cards() -> list[_Memory]:
-    """Read the NVIDIA cards in torch's order; none without nvidia-ml-py or a driver."""
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return []
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return []
-    try:
-        return _visible_cards(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    except nvml.NVMLError:
-        return []
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _visible_cards(nvml: Any, visible: str | None) -> list[_Memory]:  # noqa: ANN401
-    """Read the cards that CUDA shows this process, in CUDA's order.
-
-    NVML counts every card, while torch's ``cuda:0`` is the first that CUDA_VISIBLE_DEVICES names
-    (by index or by the beginning of a UUID); CUDA ignores all from the first name it does not know.
-    """
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    if visible is not None:
-        handles = list(_named_by(visible, handles, [nvml.nvmlDeviceGetUUID(h) for h in handles]))
-    readings = [nvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
-    return [_Memory(int(reading.total), int(reading.free)) for reading in readings]
-
-
-def _named_by(visible: str, handles: Sequence[Any], uuids: Sequence[str]) -> Iterator[Any]:
-    """Yield the handles that a value of CUDA_VISIBLE_DEVICES names, as far as it can be read."""
-    for name in (part.strip() for part in visible.split(",")):
-        matches = [
-            handle
-            for index, (handle, uuid) in enumerate(zip(handles, uuids, strict=True))
-            if name == str(index) or (name.startswith("GPU-") and uuid.startswith(name))
-        ]
-        if len(matches) != 1:
-            return
-        yield matches[0]
+def _without_path(name: str) -> str:
+    return "disk" if name.startswith("disk:") else name
