@@ -164,7 +164,7 @@ class _Run:
     def step(self) -> None:
         """Run all blocks once."""
         if self._overlap == "one ahead":
-            self._schedule = self._fresh()
+            self._schedule, self._transfers = self._fresh(), self._transfers.fresh()
         self._schedule.begin_step()
         for index, visits in enumerate(self._visits):
             slot = self._acquire(index) if visits else None
@@ -241,6 +241,10 @@ class _Transfers:
         self._compute = compute
         self._donors: dict[str, _Donor] = {}
         self._clock = 0.0
+
+    def fresh(self) -> _Transfers:
+        """The same links, with nothing under way."""
+        return _Transfers(self._machine, self._compute)
 
     def send(self, transfer: _Transfer, now: float) -> None:
         """Queue a transfer at its donor."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from distorch.allocation import Allocation, Resolved
 from distorch.errors import AllocationError
@@ -16,7 +17,7 @@ from distorch.plan.search import TINY_BYTES, deal, resident_sets, shares_by_spee
 
 __all__ = ["Judge", "make_plan"]
 
-_SMALL_SLOT_BYTES = 16 << 20
+_SMALL_BYTES = 16 << 20
 _SLOTS_IF_SMALL = 4
 _SLOTS_IF_LARGE = 3  # one in use, one ready, one on its way
 _FEWEST_SLOTS = 2
@@ -133,15 +134,32 @@ class _Job:
         rooms = {tier.name: self._room(tier) for tier in sorted(donors, key=lambda t: t.is_disk)}
         ways = {name: lanes(self.machine, name, device) for name in rooms}
         visitors = [block for block in self.blocks if not block.looked_up]
-        for most in self._rings(visitors):
-            for resident in resident_sets(self.blocks, budget_bytes - most.nbytes):
-                sizes = {i: b.nbytes for i, b in enumerate(self.blocks) if i not in resident}
-                shares = shares_by_speed([*sizes.values()], rooms, ways)
-                tiers = None if shares is None else deal(sizes, shares, rooms)
-                if tiers is not None:
+        rings = [*self._rings(visitors)]
+        sets = [resident_sets(self.blocks, budget_bytes - ring.nbytes) for ring in rings]
+        for residents in zip_longest(*sets):  # the likeliest of each ring first
+            for most, resident in zip(rings, residents, strict=True):
+                for tiers in () if resident is None else self._deals(resident, rooms, ways):
                     moved = [self.blocks[i] for i in tiers if not self.blocks[i].looked_up]
                     ring = replace(_ring(moved, None), num_slots=min(most.num_slots, len(moved)))
                     yield self._plan(device, tiers, ring)
+
+    def _deals(
+        self,
+        resident: Collection[int],
+        rooms: Mapping[str, int],
+        ways: Mapping[str, Mapping[str, float]],
+    ) -> Iterator[dict[int, str]]:
+        """Ways to deal what does not stay: over all links at once, or all of it to one donor."""
+        sizes = {i: block.nbytes for i, block in enumerate(self.blocks) if i not in resident}
+        shares = shares_by_speed([*sizes.values()], rooms, ways)
+        if shares is not None:
+            tiers = deal(sizes, shares, rooms)
+            if tiers is not None:
+                yield tiers
+        for name, room_bytes in rooms.items() if len(rooms) > 1 else ():
+            if sum(sizes.values()) <= room_bytes:
+                yield dict.fromkeys(sizes, name)
+                return
 
     def too_small(self, compute: str | None) -> AllocationError:
         """Say what is missing on a machine that cannot hold the model."""
@@ -276,15 +294,15 @@ def _ring(visitors: Sequence[Block], ring_bytes: int | None) -> Ring:
     """Size the ring: slots for the largest visitor, one more for each block held meanwhile."""
     if not visitors:
         return Ring()
-    slot_bytes = max(block.slot_bytes for block in visitors)
+    largest = max(visitors, key=lambda block: block.nbytes)
+    slot_bytes = largest.slot_bytes
     fewest = _FEWEST_SLOTS + _held_at_once(visitors)
     if ring_bytes is None:
-        wanted = _SLOTS_IF_SMALL if slot_bytes <= _SMALL_SLOT_BYTES else _SLOTS_IF_LARGE
+        wanted = _SLOTS_IF_SMALL if largest.nbytes <= _SMALL_BYTES else _SLOTS_IF_LARGE
         num_slots = wanted + _held_at_once(visitors)
     else:
         num_slots = ring_bytes // slot_bytes
         if num_slots < fewest:
-            largest = max(visitors, key=lambda block: block.nbytes)
             raise AllocationError(
                 f"a ring of {gib(ring_bytes)} cannot hold {fewest} slots of {gib(slot_bytes)} "
                 f"for the largest block ({largest.name})",

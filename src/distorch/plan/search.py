@@ -24,22 +24,21 @@ _MANY_BLOCKS = 600  # more than these are so fine that the first candidate is as
 
 def resident_sets(blocks: Sequence[Block], budget_bytes: int) -> Iterator[frozenset[int]]:
     """Yield sets of blocks that fit ``budget_bytes`` of the compute device, the likeliest first."""
+    if budget_bytes < 0:
+        return
     tiny = [i for i, block in enumerate(blocks) if not block.looked_up and _is_tiny(block)]
     rest = [i for i, block in enumerate(blocks) if not block.looked_up and not _is_tiny(block)]
     looked_up = [i for i, block in enumerate(blocks) if block.looked_up]
     far = _far_apart(blocks, rest)
-    total = sum(blocks[index].nbytes for index in rest)
+    prefix = _fitting(blocks, [*tiny, *rest, *looked_up], budget_bytes)
     seen: set[frozenset[int]] = set()
-    for first in _densities(blocks, rest, total, budget_bytes):
+    for first in _densities(blocks, rest, budget_bytes):
         chosen = set(first)
         order = [*tiny, *first, *(index for index in far if index not in chosen), *looked_up]
         found = _fitting(blocks, order, budget_bytes)
-        if found not in seen and chosen <= found:
-            seen.add(found)
-            yield found
-    prefix = _fitting(blocks, [*tiny, *rest, *looked_up], budget_bytes)
-    if prefix not in seen:
-        yield prefix
+        if chosen <= found:
+            yield from (kept for kept in dict.fromkeys((found, prefix)) if kept not in seen)
+            seen |= {found, prefix}
 
 
 def _is_tiny(block: Block) -> bool:
@@ -47,10 +46,10 @@ def _is_tiny(block: Block) -> bool:
 
 
 def _densities(
-    blocks: Sequence[Block], rest: Sequence[int], total: int, budget_bytes: int
+    blocks: Sequence[Block], rest: Sequence[int], budget_bytes: int
 ) -> Iterator[list[int]]:
     """Even spreads of ``rest``, the densest that fits first; nothing at all is the last."""
-    num = len(rest)
+    num, total = len(rest), sum(blocks[index].nbytes for index in rest)
     if num > _MANY_BLOCKS:
         yield []
         return
