@@ -7,6 +7,7 @@ the arguments of `Machine`, `Tier`, `Link` and `Compute`, which judge the values
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import tomllib
@@ -218,7 +219,8 @@ def replace_file(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         if isinstance(error, OSError):
             raise StorageError(
                 f"the machine cannot be written to {path}: {error.strerror}",
