@@ -325,18 +325,15 @@ def test_a_shipped_machine_says_what_a_plan_needs(name: str) -> None:
     compute, *donors = machine.tiers
     assert machine.name == name
     assert Machine.load(name) == machine
-    assert (
-        0
-        < machine.compute(compute.name).flops("F32")
-        <= machine.compute(compute.name).flops("BF16")
-    )
+    rates = machine.compute(compute.name)
+    assert 0 < rates.flops("F32") <= rates.flops("BF16")
     assert donors[-1].name == "disk"
     for donor in donors:
         route = machine.route(donor.name, compute.name)
         assert (route[0].source, route[-1].target) == (donor.name, compute.name)
         assert all(0 < part.latency_seconds < 1e-3 for part in route)
-    for part in machine.tiers:
-        assert 0.3 * path.capacity_bytes < path.free_bytes <= path.capacity_bytes
+    for memory in machine.tiers:
+        assert 0.3 * memory.capacity_bytes < memory.free_bytes <= memory.capacity_bytes
     for path in machine.links:
         assert 1e9 < path.bytes_per_second < 1e11
         assert not path.bus or machine.bus_speed(path.bus) >= path.bytes_per_second
