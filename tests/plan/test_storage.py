@@ -1,0 +1,66 @@
+"""How weights would be stored in a format."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distorch.errors import ModelError
+from distorch.formats.dtypes import DTYPES, GGML_DTYPES
+from distorch.plan.blocks import Node, TensorSpec
+from distorch.plan.storage import FORMATS, Format, format_named, stored_as
+
+shapes = st.lists(st.sampled_from([1, 3, 32, 64, 256, 768]), min_size=1, max_size=4).map(tuple)
+
+
+@given(st.sampled_from(sorted(FORMATS)), shapes)
+def test_a_stored_weight_has_the_bytes_of_its_dtype(name: str, shape: tuple[int, ...]) -> None:
+    spec = TensorSpec(name="w", dtype="F64", shape=shape, nbytes=8 * prod(shape), whole=True)
+    root = Node(name="", children=(Node(name="layer", tensors=(spec,)),))
+    found = stored_as(root, FORMATS[name]).children[0].tensors[0]
+    assert found.shape == shape
+    assert found.nbytes == DTYPES[found.dtype].nbytes(shape)
+    assert not found.whole
+    small = len(shape) != 2 or prod(shape) <= 1024
+    assert (found.dtype == FORMATS[name].other.name) or not small
+
+
+def test_every_block_format_of_gguf_is_known_by_its_name_in_any_case() -> None:
+    names = {dtype.name for dtype in GGML_DTYPES.values() if dtype.block_elements > 1}
+    assert names | {"bf16", "f16", "f32", "fp8"} == set(FORMATS)
+    for name in FORMATS:
+        assert format_named(name.upper()) == format_named(name.lower()) == FORMATS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        ("bf16", (5,), "BF16"),
+        ("f32", (64, 64), "F32"),
+        ("fp8", (64, 64), "F8_E4M3"),
+        ("fp8", (4096,), "BF16"),
+        ("fp8", (32, 32), "BF16"),
+        ("Q8_0", (64, 96), "Q8_0"),
+        ("Q4_K", (64, 96), "BF16"),
+        ("Q4_K", (4, 256), "F32"),
+        ("Q4_K", (5120, 16, 1, 2, 2), "F32"),
+    ],
+)
+def test_the_rule(name: str, shape: tuple[int, ...], dtype: str) -> None:
+    assert format_named(name).dtype(shape).name == dtype
+
+
+def test_an_unknown_format_is_answered_with_all_known_and_the_nearest() -> None:
+    with pytest.raises(ModelError, match=r"bf16, f16, f32, fp8, Q4_0") as caught:
+        format_named("Q4_K_M")
+    assert caught.value.hint == "Q4_K"
+
+
+def test_what_packed_weights_are_computed_in() -> None:
+    computed = {name: found.compute for name, found in FORMATS.items()}
+    assert (computed["f16"], computed["f32"]) == ("F16", "F32")
+    assert {computed[name] for name in FORMATS if name not in {"f16", "f32"}} == {"BF16"}
+    assert isinstance(FORMATS["fp8"], Format)
