@@ -1,0 +1,289 @@
+"""Profiles of models by name or by configuration directory; nothing is loaded or fetched.
+
+A family says what a model's step is given; classes and default configurations are diffusers' and
+transformers' own. Each family is a few lines: see ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from distorch.errors import ModelError
+from distorch.integrations.empty_models import diffusers_model, language_model
+from distorch.integrations.module_tree import describe
+from distorch.integrations.resting import TORCH_DTYPES
+from distorch.plan.cost import Profile
+from distorch.plan.profile import profile_module
+from distorch.plan.storage import format_named
+
+__all__ = ["FAMILIES", "Family", "Step", "profile_family"]
+
+_VAE_SCALE: Final = 8  # pixels of one latent, each way
+_PATCH: Final = 2  # latents of one token, each way
+_FRAME_SCALE: Final = 4  # frames of one latent after the first
+_WAN_IMAGE_TOKENS: Final = 257  # of the CLIP image encoder, for models that start from an image
+_PROMPT_TOKENS: Final = 512  # a language model's step, unless asked otherwise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step is given: pixels (width, height), frames, tokens, and how many at once."""
+
+    size: tuple[int, int] = (0, 0)
+    frames: int = 0
+    tokens: int
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns."""
+        width, height = self.size
+        return (
+            (self.frames - 1) // _FRAME_SCALE + 1,
+            height // _VAE_SCALE,
+            width // _VAE_SCALE,
+        )
+
+    def __str__(self) -> str:
+        """Describe it for people: what was asked of the model."""
+        text = "x".join(str(length) for length in (*self.size, self.frames) if length)
+        text = text or f"{self.tokens} tokens"
+        return f"{text} batch {self.batch}" if self.batch > 1 else text
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return a tensor without memory, ``shape`` for each of the batch."""
+        return torch.empty(self.batch, *shape, dtype=self.dtype, device="meta")
+
+
+Inputs = Callable[[Any, Step], dict[str, Any]]
+"""Makes the keyword arguments of a model's forward from its configuration and a step."""
+
+
+def _flux_inputs(config: Any, step: Step) -> dict[str, Any]:
+    _, rows, columns = step.latents
+    tokens = rows // _PATCH * (columns // _PATCH)
+    inputs: dict[str, Any] = {
+        "hidden_states": step.empty(tokens, config.in_channels),
+        "encoder_hidden_states": step.empty(step.tokens, config.joint_attention_dim),
+        "pooled_projections": step.empty(config.pooled_projection_dim),
+        "timestep": step.empty(),
+        "img_ids": torch.empty(tokens, 3, dtype=step.dtype, device="meta"),
+        "txt_ids": torch.empty(step.tokens, 3, dtype=step.dtype, device="meta"),
+    }
+    return inputs | ({"guidance": step.empty()} if config.guidance_embeds else {})
+
+
+def _qwen_image_inputs(config: Any, step: Step) -> dict[str, Any]:
+    _, rows, columns = (length // _PATCH for length in step.latents)
+    return {
+        "hidden_states": step.empty(rows * columns, config.in_channels),
+        "encoder_hidden_states": step.empty(step.tokens, config.joint_attention_dim),
+        "timestep": step.empty(),
+        "img_shapes": [[(1, rows, columns)]] * step.batch,
+    }
+
+
+def _wan_inputs(config: Any, step: Step) -> dict[str, Any]:
+    inputs: dict[str, Any] = {
+        "hidden_states": step.empty(config.in_channels, *step.latents),
+        "encoder_hidden_states": step.empty(step.tokens, config.text_dim),
+        "timestep": step.empty(),
+    }
+    if config.image_dim:
+        inputs["encoder_hidden_states_image"] = step.empty(_WAN_IMAGE_TOKENS, config.image_dim)
+    return inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A diffusers class, what its configuration changes, and its usual step.
+
+    ``tokens`` are those of the text; ``frames`` is 0 for models that make single images.
+    """
+
+    class_name: str
+    inputs: Inputs
+    config: Mapping[str, Any] = field(default_factory=dict)
+    size: tuple[int, int]
+    frames: int = 0
+    tokens: int
+
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "flux.1-dev": Family(
+        class_name="FluxTransformer2DModel",
+        config={"guidance_embeds": True},
+        inputs=_flux_inputs,
+        size=(1024, 1024),
+        tokens=512,
+    ),
+    "qwen-image": Family(
+        class_name="QwenImageTransformer2DModel",
+        inputs=_qwen_image_inputs,
+        size=(1328, 1328),
+        tokens=128,
+    ),
+    "wan-14b": Family(  # Wan 2.1, and one expert of Wan 2.2: text to video
+        class_name="WanTransformer3DModel",
+        inputs=_wan_inputs,
+        size=(832, 480),
+        frames=81,
+        tokens=512,
+    ),
+}
+"""The models known by name."""
+
+
+def profile_family(
+    name: str,
+    *,
+    size: str | None = None,
+    frames: int | None = None,
+    tokens: int | None = None,
+    batch: int = 1,
+    format: str = "bf16",  # noqa: A002  what users call it
+) -> Profile:
+    """Return the profile of one step of a model, by name or by configuration directory.
+
+    ``name`` is one of ``FAMILIES``, or a directory whose ``config.json`` is diffusers' (of a class
+    in ``FAMILIES``) or transformers' (of a model that takes token ids). Nothing else is read and
+    nothing fetched.
+
+    ``size`` is width x height in pixels, such as ``"1328x1328"``; ``frames`` those of a video;
+    ``tokens`` those of the text that goes with an image, or those of a language model's step: a
+    prompt, or 1 for a step of generation (whose attention to earlier tokens is not counted).
+    ``batch`` is how many of each at once; classifier-free guidance in one pass is 2. ``format`` is
+    how the weights are stored (`distorch.plan.storage.FORMATS`); packed ones compute in bf16.
+
+    Raises:
+        ModelError: the name, format or size is not one that is known; the model takes no such
+            option; the configuration makes no model.
+        MissingExtraError: diffusers or transformers is not installed.
+
+    >>> profile = profile_family("flux.1-dev", size="512x512", format="Q4_K")
+    >>> profile.name, f"{profile.total_flops / 1e12:.1f}", f"{profile.model_bytes / 1e9:.1f}"
+    ('flux.1-dev 512x512 Q4_K', '21.5', '6.7')
+    """
+    form = format_named(format)
+    for option, value in (("frames", frames), ("tokens", tokens), ("batch", batch)):
+        if value is not None and value < 1:
+            raise ModelError(f"{option} is {value}", hint=f"{option} of 1 or more")
+    family, config = _find(name)
+    pixels, num_frames = _sizes(name, family, size, frames)
+    step = Step(
+        size=pixels,
+        frames=num_frames,
+        tokens=tokens or (family.tokens if family else _PROMPT_TOKENS),
+        batch=batch,
+        dtype=TORCH_DTYPES[form.compute],
+    )
+    if family is None:
+        module = language_model(Path(name), step.dtype)
+        inputs = _language_inputs(module, step)
+    else:
+        module = diffusers_model(family.class_name, config, step.dtype)
+        inputs = family.inputs(module.config, step)
+    return profile_module(
+        module,
+        describe(module).root,
+        (),
+        inputs,
+        name=f"{Path(name).name} {step} {form.name}",
+        format=form.name,
+    )
+
+
+def _find(name: str) -> tuple[Family | None, Mapping[str, Any]]:
+    """Return the family and configuration that a name or directory stands for; none: transformers'.
+
+    A directory of a whole diffusers pipeline stands for its transformer.
+    """
+    if found := FAMILIES.get(name.lower()):
+        return found, found.config
+    path = Path(name)
+    path = next((p for p in (path, path / "transformer") if (p / "config.json").is_file()), path)
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        class_name = config.get("_class_name")
+    except OSError as error:
+        raise _unknown(name) from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{path / 'config.json'} is no configuration: {error}",
+            hint="the file may be damaged; download it again",
+        ) from error
+    if class_name is None:
+        return None, config
+    for family in FAMILIES.values():
+        if family.class_name == class_name:
+            return family, config
+    raise ModelError(
+        f"{path} is a {class_name}, whose inputs are not known here",
+        hint=f"one of {', '.join(family.class_name for family in FAMILIES.values())}; for any "
+        "other module distorch.plan.profile.profile_module(module, ...)",
+    )
+
+
+def _unknown(name: str) -> ModelError:
+    known = ", ".join(FAMILIES)
+    close = get_close_matches(name.lower(), FAMILIES, n=1, cutoff=0)
+    return ModelError(
+        f"no model is called {name!r}, and it is no directory with a config.json; known: {known}",
+        hint=close[0],
+    )
+
+
+def _sizes(
+    name: str, family: Family | None, size: str | None, frames: int | None
+) -> tuple[tuple[int, int], int]:
+    """Read the size and frames asked for, or the family's own."""
+    if family is None:
+        if size is None and frames is None:
+            return (0, 0), 0
+        raise ModelError(
+            f"{name} is a language model: it has neither size nor frames",
+            hint="tokens: the length of a prompt, or 1 for a step of generation",
+        )
+    if frames is not None and not family.frames:
+        raise ModelError(f"{name} makes single images", hint="leave out the frames")
+    if frames is not None and frames % _FRAME_SCALE != 1:
+        near = max(1, round((frames - 1) / _FRAME_SCALE) * _FRAME_SCALE + 1)
+        raise ModelError(f"{frames} frames: {name} makes 1, 5, 9, 13, ... frames", hint=f"{near}")
+    return _size(size) if size else family.size, frames or family.frames
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Read width x height; both are whole tokens.
+
+    >>> _size("832x480")
+    (832, 480)
+    """
+    multiple = _VAE_SCALE * _PATCH
+    sides = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):  # noqa: PLR2004  two sides
+        raise ModelError(f"{text!r} is no size", hint="width x height in pixels: 1024x1024")
+    width, height = map(int, sides)
+    near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+    if near != [width, height]:
+        raise ModelError(
+            f"{text} cannot be cut into tokens of {multiple} x {multiple} pixels",
+            hint="x".join(map(str, near)),
+        )
+    return width, height
+
+
+def _language_inputs(module: nn.Module, step: Step) -> dict[str, Any]:
+    """Token ids, and as in transformers' ``generate`` only the last one's logits are wanted."""
+    ids = torch.empty(step.batch, step.tokens, dtype=torch.long, device="meta")
+    takes = signature(module.forward).parameters
+    return {"input_ids": ids} | ({"logits_to_keep": 1} if "logits_to_keep" in takes else {})
