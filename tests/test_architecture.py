@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 # A room may import the rooms on the lines below its own.
 LAYERS = """
     cli
-    integrations
+    draw integrations
     simulate
-    run
+    run transfers
     tiers quant
     plan
     allocation
     machine formats
     metrics
-    errors
+    errors files
 """
 
 TORCH_ROOMS = (

@@ -13,9 +13,9 @@ from typing import Final
 
 from platformdirs import user_cache_path
 
-from distorch.cli.files import replacing
 from distorch.cli.output import Bar
 from distorch.errors import FormatError, MissingExtraError, StorageError
+from distorch.files import replacing
 from distorch.plan.plan import gib
 
 __all__ = ["demo_model", "find_model"]

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from distorch.cli.demo import find_model
-from distorch.cli.files import replacing
 from distorch.cli.options import (
     AllocationOption,
     ComputeOption,
@@ -22,6 +21,7 @@ from distorch.cli.options import (
 )
 from distorch.cli.output import Bar, show_pairs
 from distorch.errors import StorageError
+from distorch.files import replacing
 from distorch.formats import open_checkpoint
 from distorch.machine import Machine
 from distorch.plan.blocks import cut
