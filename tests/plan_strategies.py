@@ -176,7 +176,7 @@ def streaming_plan(
         else Placement(block=block, tier=donor, kind="streamed")
         for index, block in enumerate(blocks)
     )
-    slot_bytes = max(block.nbytes for block in blocks)
+    slot_bytes = max(block.slot_bytes for block in blocks)
     return Plan(
         compute="cpu",
         allocation=f"cpu,0b;{donor},*",

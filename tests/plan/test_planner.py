@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from distorch.allocation import Allocation
 from distorch.errors import AllocationError
 from distorch.machine import Machine, Tier
-from distorch.plan.blocks import Block
+from distorch.plan.blocks import SECTOR_BYTES, Block, whole_sectors
 from distorch.plan.plan import Plan
 from distorch.plan.planner import make_plan
 from tests.plan_strategies import KIB, MIB, block_lists, equal_blocks, planned, plans, roomy
@@ -127,8 +127,11 @@ def test_the_ring_has_two_slots_more_than_may_be_held_around_a_block(case: Case)
         assert plan.ring.nbytes == 0
         return
     assert plan.ring.num_slots >= 2 + _nesting(visitors)
-    assert plan.ring.slot_bytes == max(block.nbytes for block in visitors)
-    assert plan.ring.slot_bytes % 64 == 0
+    largest_bytes = max(block.nbytes for block in visitors)
+    assert plan.ring.slot_bytes % SECTOR_BYTES == 0
+    # room for the whole sectors of the largest block, wherever in a sector it begins
+    assert plan.ring.slot_bytes >= whole_sectors(SECTOR_BYTES - 1 + largest_bytes)
+    assert plan.ring.slot_bytes < largest_bytes + 2 * SECTOR_BYTES
 
 
 @given(planned(), st.integers(0, 400 * MIB))

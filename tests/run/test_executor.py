@@ -64,6 +64,9 @@ class Watched:
     def put(self, block: Block, source: Source) -> None:
         self.inner.put(block, source)
 
+    def offsets(self, block: Block) -> Sequence[int]:
+        return self.inner.offsets(block)
+
     def read(self, block: Block, slot: memoryview) -> None:
         assert not self.closed, "a closed store is read"
         self.before_read(block, slot)
@@ -426,7 +429,7 @@ def test_a_looked_up_block_gives_rows_and_never_visits_the_ring(
 def test_a_graph_that_saved_a_slot_cannot_run_backward_on_other_bytes() -> None:
     with _watched() as (executor, _):
         lease = executor.acquire(0)
-        weight = lease.memory.view(torch.float32)
+        weight = lease.part(0).view(torch.float32)
         x = torch.ones(16, requires_grad=True)
         loss = (x * weight).sum()
         executor.release(lease)
@@ -526,7 +529,7 @@ def test_a_lease_may_be_given_back_after_close() -> None:
         lease = executor.acquire(0)
         executor.close()
         executor.release(lease)
-        assert lease.memory.numel() == 64
+        assert lease.part(0).numel() == 64
 
 
 def test_a_forgotten_executor_ends_its_threads_and_closes_its_stores() -> None:

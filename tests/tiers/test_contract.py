@@ -14,9 +14,9 @@ import torch
 from distorch.errors import StorageError
 from distorch.formats import TensorInfo
 from distorch.plan.blocks import Block, Part
-from distorch.tiers import Destination, Lying, Source, Store, destinations
+from distorch.tiers import Copied, Destination, Lying, Source, Store
 from distorch.tiers.disk import DiskTier
-from distorch.tiers.host import HostTier, allocate, view_bytes
+from distorch.tiers.host import HostTier, allocate, allocate_pages, view_bytes
 from distorch.tiers.null import NullTier
 from distorch.tiers.sources import FileSource
 from tests.plan_strategies import contents, equal_blocks, many_parts, memory_source
@@ -49,18 +49,21 @@ class Memory:
             self.tier.put(block, self.source)
 
     def read(self, block: Block, spare_bytes: int = 0) -> memoryview:
-        slot = view_bytes(allocate(block.nbytes + spare_bytes))
-        slot[:] = bytes([GUARD]) * len(slot)
+        memory = view_bytes(allocate_pages(block.slot_bytes + spare_bytes))
+        memory[:] = bytes([GUARD]) * len(memory)
         self.left = self.tier.lies_ready(block)
         if not self.left:
-            self.tier.read(block, slot)
-        return slot
+            self.tier.read(block, memory[: block.slot_bytes])
+        return memory
 
     def is_right(self, block: Block, slot: memoryview, *, left: bool | None = None) -> bool:
         if not self.moves:
             return set(slot) == {GUARD}
         left = self.left if left is None else left
-        outs = [out for _, out in destinations(block, slot[: block.nbytes])]
+        outs = [
+            slot[at : at + part.nbytes]
+            for part, at in zip(block.parts, self.tier.offsets(block), strict=True)
+        ]
         found: Lying = self.tier.view(block) if left else outs
         expected = [self.expected(part) for part in block.parts]
         return [bytes(out) for out in found] == expected
@@ -126,12 +129,12 @@ def test_every_part_comes_back_at_its_offset(memory: Memory) -> None:
         assert memory.is_right(block, memory.read(block))
 
 
-def test_nothing_behind_the_block_is_written(memory: Memory) -> None:
+def test_nothing_behind_the_slot_is_written(memory: Memory) -> None:
     memory.fill()
     for block in memory.blocks:
         slot = memory.read(block, spare_bytes=200)
         assert memory.is_right(block, slot)
-        assert set(slot[block.nbytes :]) == {GUARD}
+        assert set(slot[block.slot_bytes :]) == {GUARD}
 
 
 def test_a_slot_too_small_for_the_block_is_our_mistake(memory: Memory) -> None:
@@ -182,7 +185,7 @@ def test_reading_works_from_many_threads_at_once(memory: Memory) -> None:
 
     def read(number: int) -> bool:
         block = memory.blocks[number % len(memory.blocks)]
-        slot = view_bytes(allocate(block.nbytes))
+        slot = view_bytes(allocate(block.slot_bytes))
         slot[:] = bytes([GUARD]) * len(slot)
         memory.tier.read(block, slot)
         return memory.is_right(block, slot, left=False)
@@ -215,23 +218,17 @@ def test_it_works_in_inference_mode(memory: Memory) -> None:
     assert memory.is_right(block, memory.read(block))
 
 
-class _Broken:
+class _Broken(Copied):
     """A source whose file went away."""
 
     def read(self, wanted: Sequence[Destination]) -> None:
         raise StorageError(f"{len(wanted)} parts are gone")
 
-    def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
+    def read_block(self, block: Block, slot: memoryview) -> None:
         raise NotImplementedError
 
-    def lies_ready(self, block: Block) -> bool:
-        raise StorageError(f"{block.name} is gone")
-
-    def view(self, block: Block) -> Lying:
-        raise StorageError(f"{block.name} is gone")
-
-    def forget(self, block: Block) -> None:
-        """Nothing is used in place."""
+    def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         """Nothing is open."""

@@ -12,9 +12,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-__all__ = ["ALIGNMENT_BYTES", "Block", "Node", "Part", "TensorSpec", "aligned", "cut"]
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "SECTOR_BYTES",
+    "Block",
+    "Node",
+    "Part",
+    "TensorSpec",
+    "aligned",
+    "cut",
+    "whole_sectors",
+]
 
 ALIGNMENT_BYTES = 64  # a weight at any other address changes the last bit of a matrix product
+SECTOR_BYTES = 4096  # what a disk reads at least: many say 512, and no disk or memory more
 
 _TARGET_BYTES = 8 << 20  # large enough for a disk's full speed, small enough to spread finely
 _ROWS = 8192  # rows of one run: a product over fewer may add in another order (docs/exactness.md)
@@ -29,6 +40,15 @@ def aligned(nbytes: int) -> int:
     128
     """
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def whole_sectors(nbytes: int) -> int:
+    """Round up to the next multiple of a disk's sector.
+
+    >>> whole_sectors(4097)
+    8192
+    """
+    return -(-nbytes // SECTOR_BYTES) * SECTOR_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +122,11 @@ class Block:
     def offsets(self) -> tuple[int, ...]:
         """Where each part begins inside the block, in bytes."""
         return (0, *accumulate(aligned(part.nbytes) for part in self.parts))[: len(self.parts)]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Room for the block in whole sectors, wherever it begins in the first."""
+        return whole_sectors(self.nbytes) + SECTOR_BYTES
 
 
 def cut(root: Node, *, target_bytes: int = _TARGET_BYTES) -> tuple[Block, ...]:

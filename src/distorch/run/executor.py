@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from distorch.plan.plan import Placement, Plan
 from distorch.run.readers import Readers
 from distorch.run.stats import Stats
 from distorch.tiers import Lying, Store
-from distorch.tiers.host import HostTier, allocate, view_bytes
+from distorch.tiers.host import HostTier, allocate, allocate_pages, view_bytes
 
 __all__ = ["Executor", "Lease"]
 
@@ -27,12 +27,14 @@ __all__ = ["Executor", "Lease"]
 class Lease:
     """The right to use a block's bytes until it is released.
 
-    ``slot`` is None for a block that visits no slot. ``lying`` has its parts where they lie, if
+    ``offsets`` say where its parts are in ``memory``. ``slot`` is None for a block that visits no
+    slot. ``lying`` has its parts where they lie, if
     they are used there rather than in ``memory``; leases with equal ``where`` have the same bytes.
     """
 
     placement: Placement
     memory: Tensor
+    offsets: Sequence[int]
     slot: int | None = None
     lying: Lying = ()
 
@@ -47,9 +49,8 @@ class Lease:
         """Return one part's bytes, flat uint8, not a copy."""
         if self.lying:
             return torch.frombuffer(self.lying[index], dtype=torch.uint8)
-        block = self.placement.block
-        offset = block.offsets[index]
-        return self.memory[offset : offset + block.parts[index].nbytes]
+        offset = self.offsets[index]
+        return self.memory[offset : offset + self.placement.block.parts[index].nbytes]
 
 
 class Executor:
@@ -71,7 +72,7 @@ class Executor:
 
     def __init__(self, plan: Plan, stores: Mapping[str, Store]) -> None:
         self.plan = plan
-        self.ring = allocate(plan.ring.nbytes)
+        self.ring = allocate_pages(plan.ring.nbytes)
         size = plan.ring.slot_bytes
         self._slots = [self.ring[i * size : (i + 1) * size] for i in range(plan.ring.num_slots)]
         self._stores = stores
@@ -98,20 +99,21 @@ class Executor:
         placement = self.plan.placements[block]
         if placement.kind == "resident":
             assert isinstance(self._resident, HostTier), "resident blocks rest in host memory"
-            return Lease(placement, self._resident.memory(placement.block))
+            memory = self._resident.memory(placement.block)
+            return Lease(placement, memory, placement.block.offsets)
         if placement.block.looked_up:
             return self._read_once(placement)
         slot, lies_ready = self._readers.take(block)
         # A graph that saved this slot's earlier contents must not run backward on other bytes.
         torch.autograd.graph.increment_version(self.ring)
-        if not lies_ready:
-            return Lease(placement, self._slots[slot], slot)
         try:
-            lying = self._stores[placement.tier].view(placement.block)
+            store = self._stores[placement.tier]
+            offsets = store.offsets(placement.block)
+            lying = store.view(placement.block) if lies_ready else ()
         except BaseException as error:
             self._readers.give_back(slot)
             raise self._readers.failure(block, error) from error
-        return Lease(placement, self._slots[slot], slot, lying)
+        return Lease(placement, self._slots[slot], offsets, slot, lying)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back: its slot may be written again."""
@@ -155,7 +157,8 @@ class Executor:
 
     def _read_once(self, placement: Placement) -> Lease:
         """Read a block that no schedule brings into memory of its own."""
-        memory = allocate(placement.block.nbytes)
-        self._stores[placement.tier].read(placement.block, view_bytes(memory))
+        memory = allocate_pages(placement.block.slot_bytes)
+        store = self._stores[placement.tier]
+        store.read(placement.block, view_bytes(memory))
         self._readers.count_unplanned()
-        return Lease(placement, memory)
+        return Lease(placement, memory, store.offsets(placement.block))

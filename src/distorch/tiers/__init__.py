@@ -11,7 +11,7 @@ from typing import Protocol
 
 from distorch.plan.blocks import Block, Part
 
-__all__ = ["Destination", "Lying", "Source", "Store", "destinations"]
+__all__ = ["Copied", "Destination", "Lying", "Source", "Store", "destinations"]
 
 Destination = tuple[Part, memoryview]
 """A part, and the writable bytes it goes to (exactly ``part.nbytes`` of them)."""
@@ -25,6 +25,12 @@ class Source(Protocol):
 
     def read(self, wanted: Sequence[Destination]) -> None:
         """Copy each part's bytes to its destination; called from several threads at once."""
+
+    def offsets(self, block: Block) -> Sequence[int]:
+        """Where `read_block` puts each part; always the same for a block."""
+
+    def read_block(self, block: Block, slot: memoryview) -> None:
+        """Fill a slot of ``block.slot_bytes`` or more; what is beside the parts may be anything."""
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a part, counted from the part's first, one after another."""
@@ -56,8 +62,14 @@ class Store(Protocol):
     def put(self, block: Block, source: Source) -> None:
         """Bring a block to rest here."""
 
+    def offsets(self, block: Block) -> Sequence[int]:
+        """Where `read` puts each part in a slot; always the same for a block."""
+
     def read(self, block: Block, slot: memoryview) -> None:
-        """Copy a block into a slot, each part to its offset; called from reader threads."""
+        """Copy a block into a slot of ``block.slot_bytes`` or more; called from reader threads.
+
+        What is in the slot beside the parts may be anything.
+        """
 
     def lies_ready(self, block: Block) -> bool:
         """Whether the block can be used where it lies, at once and without a copy."""
@@ -73,6 +85,25 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of everything that rests here."""
+
+
+class Copied:
+    """What nothing is used in where it lies: blocks are copied from it, as they are laid out."""
+
+    def offsets(self, block: Block) -> Sequence[int]:
+        """Each part goes to its own offset."""
+        return block.offsets
+
+    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  it is copied
+        """Nothing is used where it lies."""
+        return False
+
+    def view(self, block: Block) -> Lying:
+        """Nothing is used where it lies."""
+        raise NotImplementedError(block)
+
+    def forget(self, block: Block) -> None:
+        """Nothing is used where it lies."""
 
 
 def destinations(block: Block, memory: memoryview) -> list[Destination]:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distorch.errors import StorageError
-from distorch.plan.blocks import Block, Part
-from distorch.tiers import Destination, Lying, Source, destinations
+from distorch.plan.blocks import Block, Part, whole_sectors
+from distorch.tiers import Copied, Destination, Lying, Source, destinations
 from distorch.tiers.file_reader import FileReader
 
 __all__ = ["DiskTier"]
@@ -48,9 +48,13 @@ class DiskTier:
             self._source = self._spill
         self.nbytes += block.nbytes
 
+    def offsets(self, block: Block) -> Sequence[int]:
+        """Where `read` puts each part."""
+        return self._read_from.offsets(block)
+
     def read(self, block: Block, slot: memoryview) -> None:
         """Read a block past the page cache."""
-        self._read_from.read(destinations(block, slot))
+        self._read_from.read_block(block, slot)
 
     def lies_ready(self, block: Block) -> bool:
         """Whether the block is in the page cache, as it is wanted."""
@@ -75,8 +79,8 @@ class DiskTier:
         self._source, self.nbytes = None, 0
 
 
-class _Spill:
-    """A file of our own that holds blocks one after another; a source to read them back."""
+class _Spill(Copied):
+    """A file of our own: blocks one after another, in whole sectors; a source to read them back."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -101,7 +105,7 @@ class _Spill:
         self._end = 0
 
     def write(self, block: Block, source: Source) -> None:
-        memory = memoryview(bytearray(block.nbytes))
+        memory = memoryview(bytearray(whole_sectors(block.nbytes)))
         source.read(destinations(block, memory))
         try:
             _write_all(self._fd, memory)
@@ -109,25 +113,22 @@ class _Spill:
             self.close()
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
             raise StorageError(
-                f"{'the disk is full' if full else error.strerror}, writing {block.nbytes} bytes "
+                f"{'the disk is full' if full else error.strerror}, writing {len(memory)} bytes "
                 f"to {self._path.parent}",
                 hint='a disk with room: "cpu,64mb;disk:/path/to/folder,*"',
             ) from error
         for part, offset in zip(block.parts, block.offsets, strict=True):
             self._offsets[part.tensor, part.first_row] = self._end + offset
-        self._end += block.nbytes
-
-    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  it was put past the cache
-        return False
-
-    def view(self, block: Block) -> Lying:
-        raise NotImplementedError(block)
-
-    def forget(self, block: Block) -> None:
-        raise NotImplementedError(block)
+        self._end += len(memory)
 
     def read(self, wanted: Sequence[Destination]) -> None:
         self._reader.read([(self._offsets[p.tensor, p.first_row], out) for p, out in wanted])
+
+    def read_block(self, block: Block, slot: memoryview) -> None:
+        assert len(slot) >= block.nbytes, "a block fits its slot"
+        first = block.parts[0]
+        start = self._offsets[first.tensor, first.first_row]
+        self._reader.read([(start, slot[: whole_sectors(block.nbytes)])])
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         start = self._offsets[part.tensor, part.first_row]

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from distorch.errors import StorageError
+from distorch.plan.blocks import SECTOR_BYTES, whole_sectors
 from distorch.tiers.page_cache import PageCache
 
 __all__ = ["FileReader", "drop_from_cache"]
 
-_PAGE = mmap.PAGESIZE
-_BOUNCE_BYTES = 4 << 20  # one direct read; smaller ones are slower, larger ones leave the cache
+_BOUNCE_BYTES = 4 << 20  # one read to be copied; larger ones leave the processor's cache
 _GAP_BYTES = 4096  # padding between neighbours that is cheaper to read than to seek over
 _MAX_BUFFERS = 512  # of one preadv; POSIX allows 1,024 on Linux
 _MAX_CALL_BYTES = 8 << 20  # a reader that is told to stop should not be deep in a long call
@@ -70,6 +70,7 @@ class FileReader:
                 f"{path} cannot be opened: {error.strerror}", hint="check the path and its rights"
             ) from error
         self._fd, self._row_fd = handles
+        self.nbytes = os.fstat(self._fd).st_size
         _advise(self._row_fd, "POSIX_FADV_RANDOM")
         self._direct_fd = _open_direct(path)
         if self._direct_fd >= 0:
@@ -126,19 +127,25 @@ class FileReader:
         return (self._read_direct if self._is_direct else self._read_and_drop)(offset, buffers)
 
     def _read_direct(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        """Read into the thread's aligned buffer, and copy: blocks begin anywhere in a file."""
-        if _thread.bounce is None:
-            _thread.bounce = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
-        bounce = _thread.bounce
-        start = offset // _PAGE * _PAGE
-        wanted = min(sum(map(len, buffers)) + offset - start, _BOUNCE_BYTES)
+        """Read straight into memory that lies as the file's sectors do; any other by a copy."""
         try:
-            count = os.preadv(self._direct_fd, [bounce[: -(-wanted // _PAGE) * _PAGE]], start)
+            if size := _sectors(offset, buffers[0]):
+                return os.preadv(self._direct_fd, [buffers[0][:size]], offset)
+            return self._read_and_copy(offset, buffers)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             self._is_direct = False  # a file system that opens, but does not read, direct
             return self._read_and_drop(offset, buffers)
+
+    def _read_and_copy(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Read into the thread's aligned buffer, and copy from there."""
+        if _thread.bounce is None:
+            _thread.bounce = memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
+        bounce = _thread.bounce
+        start = offset // SECTOR_BYTES * SECTOR_BYTES
+        wanted = min(sum(map(len, buffers)) + offset - start, _BOUNCE_BYTES)
+        count = os.preadv(self._direct_fd, [bounce[: whole_sectors(wanted)]], start)
         done = offset - start
         for buffer in buffers:
             size = max(0, min(len(buffer), count - done))
@@ -191,6 +198,14 @@ def _open_direct(path: Path) -> int:
         return os.open(path, os.O_RDONLY | flag)
     except OSError:
         return -1
+
+
+def _sectors(offset: int, memory: memoryview) -> int:
+    """How many bytes a direct read may put into memory at once: whole sectors, or none."""
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    if offset % SECTOR_BYTES or address % SECTOR_BYTES:
+        return 0
+    return min(len(memory), _MAX_CALL_BYTES) // SECTOR_BYTES * SECTOR_BYTES
 
 
 def _advise(fd: int, advice: str, offset: int = 0, nbytes: int = 0) -> None:

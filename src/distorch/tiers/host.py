@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from distorch.plan.blocks import Block
-from distorch.tiers import Lying, Source, destinations
+from distorch.tiers import Copied, Source, destinations
 
-__all__ = ["HostTier", "allocate", "view_bytes"]
+__all__ = ["HostTier", "allocate", "allocate_pages", "view_bytes"]
 
 
 def allocate(nbytes: int) -> Tensor:
@@ -23,13 +24,26 @@ def allocate(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
+def allocate_pages(nbytes: int) -> Tensor:
+    """Return ``nbytes`` of uint8 that begin with a page of memory, as direct reads want them.
+
+    >>> allocate_pages(10).data_ptr() % 4096
+    0
+    """
+    if not nbytes:
+        return allocate(0)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON} if hasattr(mmap, "MAP_PRIVATE") else {}
+    with torch.inference_mode(mode=False):
+        return torch.frombuffer(mmap.mmap(-1, nbytes, **private), dtype=torch.uint8)
+
+
 def view_bytes(memory: Tensor) -> memoryview:
     """Return the writable bytes of a contiguous CPU tensor of any dtype."""
     flat = memory.detach().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
-class HostTier:
+class HostTier(Copied):
     """Blocks at rest in host RAM, as stored.
 
     >>> from distorch.plan.blocks import Part
@@ -64,17 +78,6 @@ class HostTier:
     def read(self, block: Block, slot: memoryview) -> None:
         """Copy a block into a slot."""
         torch.frombuffer(slot, dtype=torch.uint8)[: block.nbytes].copy_(self._blocks[block.name])
-
-    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  it is copied
-        """Nothing is used where it lies."""
-        return False
-
-    def view(self, block: Block) -> Lying:
-        """Nothing is used where it lies."""
-        raise NotImplementedError(block)
-
-    def forget(self, block: Block) -> None:
-        """Nothing is used where it lies."""
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a block's only part."""

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from distorch.plan.blocks import Block
-from distorch.tiers import Lying, Source
+from distorch.tiers import Copied, Source
 
 __all__ = ["NullTier"]
 
 
-class NullTier:
+class NullTier(Copied):
     """Takes blocks and gives them back empty, as slowly as a link of a set speed would.
 
     ``bytes_per_second`` is the link's speed (None: instant) and ``wait`` what passes the time: the
@@ -47,17 +47,6 @@ class NullTier:
         self.reads.append(block.name)
         if self._bytes_per_second:
             self._wait(block.nbytes / self._bytes_per_second)
-
-    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  it is copied
-        """Nothing is used where it lies."""
-        return False
-
-    def view(self, block: Block) -> Lying:
-        """Nothing is used where it lies."""
-        raise NotImplementedError(block)
-
-    def forget(self, block: Block) -> None:
-        """Nothing is used where it lies."""
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Note a look-up."""

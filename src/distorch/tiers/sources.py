@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from distorch.formats import DTYPES, TensorInfo
-from distorch.plan.blocks import ALIGNMENT_BYTES, Block, Part
-from distorch.tiers import Destination, Lying
+from distorch.plan.blocks import ALIGNMENT_BYTES, SECTOR_BYTES, Block, Part, whole_sectors
+from distorch.tiers import Copied, Destination, Lying, destinations
 from distorch.tiers.file_reader import FileReader
 
 __all__ = ["Amend", "FileSource", "MemorySource"]
@@ -36,6 +36,7 @@ class FileSource:
         self._amend = amend or {}
         self._readers: dict[Path, FileReader] = {}
         self._spans: dict[str, Sequence[_Span]] = {}
+        self._layouts: dict[str, tuple[Sequence[int], _Span | None]] = {}
         try:
             for info in infos.values():
                 if info.path not in self._readers:
@@ -57,6 +58,21 @@ class FileSource:
         for part, out in wanted:
             if part.tensor in self._amend:
                 self._amend[part.tensor](out)
+
+    def offsets(self, block: Block) -> Sequence[int]:
+        """Where `read_block` puts each part."""
+        return self._layout(block)[0]
+
+    def read_block(self, block: Block, slot: memoryview) -> None:
+        """Fill a slot; a block that is one run of a file comes as the disk has it, in sectors."""
+        _, span = self._layout(block)
+        if span is None:
+            self.read(destinations(block, slot))
+        else:
+            path, start, size = span
+            assert len(slot) >= size, "a block fits the slot it is read into"
+            reader = self._readers[path]
+            reader.read([(start, slot[: min(whole_sectors(size), reader.nbytes - start)])])
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows from their file."""
@@ -92,6 +108,22 @@ class FileSource:
         for path, at, size in self._spans_of(block):
             self._readers[path].cache.forget(at, size)
 
+    def _layout(self, block: Block) -> tuple[Sequence[int], _Span | None]:
+        """Where a slot has the parts, and the run of a file that fills it (None: part by part).
+
+        Such a run keeps its place in the sector it begins in, so that no byte has to move.
+        """
+        if block.name not in self._layouts:
+            layout: tuple[Sequence[int], _Span | None] = block.offsets, None
+            if len(spans := self._spans_of(block)) == 1:
+                path, at, size = spans[0]
+                lead = at % SECTOR_BYTES
+                if lead + size <= block.slot_bytes:
+                    offsets = [self._offset(part) - at + lead for part in block.parts]
+                    layout = offsets, (path, at - lead, lead + size)
+            self._layouts[block.name] = layout
+        return self._layouts[block.name]
+
     def _spans_of(self, block: Block) -> Sequence[_Span]:
         """The runs of a file that hold a block; none if it cannot be used there."""
         if block.name not in self._spans:
@@ -124,7 +156,7 @@ class FileSource:
         return info.offset + part.first_row * row_bytes
 
 
-class MemorySource:
+class MemorySource(Copied):
     """Tensors that are in memory already, as flat bytes by name."""
 
     def __init__(self, memory: Mapping[str, memoryview]) -> None:
@@ -136,6 +168,10 @@ class MemorySource:
             start = part.first_row * (part.nbytes // part.shape[0]) if part.first_row else 0
             out[:] = self._memory[part.tensor][start : start + part.nbytes]
 
+    def read_block(self, block: Block, slot: memoryview) -> None:
+        """Copy a block's parts to their offsets."""
+        self.read(destinations(block, slot))
+
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows."""
         row_bytes = part.nbytes // part.shape[0]
@@ -144,17 +180,6 @@ class MemorySource:
             out[place * row_bytes : (place + 1) * row_bytes] = self._memory[part.tensor][
                 start : start + row_bytes
             ]
-
-    def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  its owner may change it
-        """Nothing is used where it lies."""
-        return False
-
-    def view(self, block: Block) -> Lying:
-        """Nothing is used where it lies."""
-        raise NotImplementedError(block)
-
-    def forget(self, block: Block) -> None:
-        """Nothing is used where it lies."""
 
     def close(self) -> None:
         """Let go of the memory."""
