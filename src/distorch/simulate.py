@@ -8,17 +8,19 @@ warm, and the end of a step already brings the start of the next.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from distorch.allocation import Allocation
 from distorch.machine import Machine
-from distorch.plan.cost import Profile, block_seconds, bound, lanes, steady_bytes
+from distorch.plan.cost import Profile, block_seconds, bound, steady_bytes
 from distorch.plan.plan import Plan, Prediction
+from distorch.plan.planner import Judge, make_plan
 from distorch.run.schedule import Schedule
+from distorch.transfers import Transfer, Transfers
 
-__all__ = ["Overlap", "Span", "Timeline", "predict", "simulate", "with_prediction"]
+__all__ = ["Overlap", "Span", "Timeline", "best_plan", "predict", "simulate"]
 
 Overlap = Literal["ring", "one ahead", "none"]
 """How copies meet compute: ours; the next block only, from scratch each step; or not at all."""
@@ -77,8 +79,30 @@ def predict(plan: Plan, profile: Profile, machine: Machine) -> Prediction:
     )
 
 
-def with_prediction(plan: Plan, profile: Profile, machine: Machine) -> Plan:
-    """Return the plan with what it will cost."""
+def best_plan(
+    profile: Profile,
+    allocation: Allocation,
+    machine: Machine,
+    *,
+    compute: str | None = None,
+    ring_bytes: int | None = None,
+) -> Plan:
+    """Return the plan that is predicted fastest of those that ``allocation`` allows.
+
+    Raises:
+        AllocationError: none fits the machine.
+        MachineError: the machine does not say how fast a device or a link is.
+    """
+    device = compute or allocation.resolve(0, machine).compute
+    seconds = block_seconds(profile, machine.compute(device))
+    judge = Judge(
+        seconds=lambda plan: simulate(plan, seconds, machine).step_seconds,
+        least_seconds=sum(seconds),
+        reserve_bytes=profile.activation_bytes,
+    )
+    plan = make_plan(
+        profile.blocks, allocation, machine, compute=compute, ring_bytes=ring_bytes, judge=judge
+    )
     return replace(plan, prediction=predict(plan, profile, machine))
 
 
@@ -113,7 +137,7 @@ def simulate(
     >>> [simulate(plan, [1.0] * 4, machine, overlap=how).step_seconds for how in ("ring", "none")]
     [4.0, 8.0]
     """
-    run = _Run(plan, seconds, _Transfers(machine, plan.compute), overlap)
+    run = _Run(plan, seconds, Transfers(machine, plan.compute), overlap)
     for _ in range(_WARM_STEPS):
         run.step()
     began, waited = run.clock, run.waited
@@ -139,7 +163,7 @@ class _Run:
     """One compute thread, as the executor serves it."""
 
     def __init__(
-        self, plan: Plan, seconds: Sequence[float], transfers: _Transfers, overlap: Overlap
+        self, plan: Plan, seconds: Sequence[float], transfers: Transfers, overlap: Overlap
     ) -> None:
         self.clock = 0.0
         self.waited = 0.0
@@ -194,7 +218,7 @@ class _Run:
         self.clock = until
         self._note(lane, index, began, until)
 
-    def _arrive(self, at: float, arrived: _Transfer) -> None:
+    def _arrive(self, at: float, arrived: Transfer) -> None:
         self._schedule.arrived(arrived.slot)
         self._note(arrived.tier, arrived.block, arrived.began, at)
 
@@ -202,112 +226,10 @@ class _Run:
         while (fetch := self._schedule.next_fetch()) is not None:
             placement = self._plan.placements[fetch.block]
             self._transfers.send(
-                _Transfer(placement.tier, fetch.block, fetch.slot, placement.block.nbytes),
+                Transfer(placement.tier, fetch.block, fetch.slot, placement.block.nbytes),
                 self.clock,
             )
 
     def _note(self, lane: str, block: int, begin: float, end: float) -> None:
         if self.trace and end > begin:
             self.spans.append(Span(lane, block, begin, end))
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """A block under way: ``left_bytes`` to go, after ``left_seconds`` of latency."""
-
-    tier: str
-    block: int
-    slot: int
-    left_bytes: float
-    left_seconds: float = 0.0
-    began: float = 0.0
-
-
-@dataclass(slots=True)
-class _Donor:
-    """One donor's queue; its first transfer is under way."""
-
-    lanes: dict[str, float]
-    latency_seconds: float
-    queue: deque[_Transfer] = field(default_factory=deque)
-    bytes_per_second: float = 0.0
-
-
-class _Transfers:
-    """All donors sending at once, each lane's speed shared by those on it."""
-
-    def __init__(self, machine: Machine, compute: str) -> None:
-        self._machine = machine
-        self._compute = compute
-        self._donors: dict[str, _Donor] = {}
-        self._clock = 0.0
-
-    def fresh(self) -> _Transfers:
-        """The same links, with nothing under way."""
-        return _Transfers(self._machine, self._compute)
-
-    def send(self, transfer: _Transfer, now: float) -> None:
-        """Queue a transfer at its donor."""
-        donor = self._donors.get(transfer.tier)
-        if donor is None:
-            route = self._machine.route(transfer.tier, self._compute)
-            donor = self._donors[transfer.tier] = _Donor(
-                lanes(self._machine, transfer.tier, self._compute),
-                sum(link.latency_seconds for link in route),
-            )
-        self._let_pass(now)
-        donor.queue.append(transfer)
-        if len(donor.queue) == 1:
-            self._begin(donor)
-
-    def arrivals(self, until: float) -> Iterator[tuple[float, _Transfer]]:
-        """Yield what arrives up to a time, in order."""
-        while (found := self._first()) is not None and found[0] <= until:
-            yield self._finish(*found)
-        self._let_pass(until)
-
-    def next_arrival(self) -> tuple[float, _Transfer]:
-        """Wait for the next arrival."""
-        found = self._first()
-        assert found is not None, "something is under way"
-        return self._finish(*found)
-
-    def _first(self) -> tuple[float, _Donor] | None:
-        found: tuple[float, _Donor] | None = None
-        for donor in self._donors.values():
-            if donor.queue:
-                head = donor.queue[0]
-                at = self._clock + head.left_seconds + head.left_bytes / donor.bytes_per_second
-                if found is None or at < found[0]:
-                    found = at, donor
-        return found
-
-    def _finish(self, at: float, donor: _Donor) -> tuple[float, _Transfer]:
-        self._let_pass(at)
-        transfer = donor.queue.popleft()
-        self._begin(donor)
-        return at, transfer
-
-    def _begin(self, donor: _Donor) -> None:
-        """Start a donor's next transfer, if it has one, and share the lanes anew."""
-        if donor.queue:
-            donor.queue[0].began = self._clock
-            donor.queue[0].left_seconds = donor.latency_seconds
-        busy = [other for other in self._donors.values() if other.queue]
-        for other in busy:
-            other.bytes_per_second = min(
-                speed / sum(lane in each.lanes for each in busy)
-                for lane, speed in other.lanes.items()
-            )
-
-    def _let_pass(self, now: float) -> None:
-        passed = now - self._clock
-        if passed <= 0:
-            return
-        for donor in self._donors.values():
-            if donor.queue:
-                head = donor.queue[0]
-                moving = max(0.0, passed - head.left_seconds)
-                head.left_seconds = max(0.0, head.left_seconds - passed)
-                head.left_bytes = max(0.0, head.left_bytes - moving * donor.bytes_per_second)
-        self._clock = now

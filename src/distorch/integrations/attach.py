@@ -20,7 +20,7 @@ from distorch.integrations.resting import RestingWeight, Run, as_weight
 from distorch.machine import Machine
 from distorch.plan.blocks import cut
 from distorch.plan.plan import Plan
-from distorch.plan.planner import make_plan
+from distorch.plan.planner import check_room, make_plan
 from distorch.run.executor import Executor
 from distorch.run.stats import Stats
 from distorch.tiers import Source, Store
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 def distribute(
     module: nn.Module,
-    allocation: str | Allocation | None = None,
+    allocation: str | Allocation | Plan | None = None,
     *,
     virtual_vram_gb: float | None = None,
     donor: str | Sequence[str] | None = None,
@@ -50,8 +50,8 @@ def distribute(
     """Rest a module's weights in several memories, in place; return the handle that undoes it.
 
     ``allocation`` is a line of the allocation language, such as ``"cpu,64mb;disk,*"`` (default
-    ``auto``); or give ``virtual_vram_gb``, in GiB, and its ``donor``. ``ring`` bounds the slots
-    that streamed blocks visit ("200mb", or bytes). The module computes the same bits as before, in
+    ``auto``), or a `Plan` made before; or give ``virtual_vram_gb``, in GiB, and its ``donor``.
+    ``ring`` bounds the slots that streamed blocks visit ("200mb", or bytes). The module computes the same bits as before, in
     inference; its training is not supported. Weights that rest on disk are written once to a file
     of ours, in the folder that the line names (``disk:/mnt/nvme``) or the temporary one.
 
@@ -147,7 +147,7 @@ class Handle:
 
     def rebudget(
         self,
-        allocation: str | Allocation | None = None,
+        allocation: str | Allocation | Plan | None = None,
         *,
         machine: Machine | None = None,
         **request: Any,
@@ -218,13 +218,17 @@ class Handle:
             in_place=self._source is not None,
             any_tier=request.names_its_devices,
         )
-        plan = make_plan(
-            self._blocks,
-            request.line(model_bytes, machine),
-            machine,
-            compute=request.compute,
-            ring_bytes=request.ring_bytes,
-        )
+        if isinstance(request.allocation, Plan):
+            plan = request.allocation.for_blocks(self._blocks)
+            check_room(plan, machine)
+        else:
+            plan = make_plan(
+                self._blocks,
+                request.line(model_bytes, machine),
+                machine,
+                compute=request.compute,
+                ring_bytes=request.ring_bytes,
+            )
         _check_supported(plan)
         return replace(plan, notes=plan.notes + self._tree.notes)
 

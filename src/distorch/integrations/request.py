@@ -9,6 +9,7 @@ from pathlib import Path
 from distorch.allocation import Allocation
 from distorch.errors import AllocationError
 from distorch.machine import Machine
+from distorch.plan.plan import Plan
 
 __all__ = ["Request"]
 
@@ -17,7 +18,7 @@ __all__ = ["Request"]
 class Request:
     """What a user asks for: a line, or the normal mode's numbers; and a bound on the ring."""
 
-    allocation: str | Allocation | None = None
+    allocation: str | Allocation | Plan | None = None
     virtual_vram_gb: float | None = None
     donor: str | Sequence[str] | None = None
     compute: str | None = None
@@ -45,6 +46,8 @@ class Request:
             )
         if isinstance(self.allocation, Allocation):
             return self.allocation
+        if isinstance(self.allocation, Plan):
+            return Allocation.parse(self.allocation.allocation)
         return Allocation.parse("auto" if self.allocation is None else self.allocation)
 
     @property
@@ -66,13 +69,17 @@ class Request:
         """Whether the user chose where to compute; ``auto`` and a bare number leave it to us."""
         if self.compute is not None:
             return True
+        if isinstance(self.allocation, Plan):
+            return True
         return self.allocation is not None and str(self.allocation).strip().lower() != "auto"
 
     @property
     def folder(self) -> Path | None:
         """The folder of the first ``disk:/folder`` that is named, whose free space counts."""
         donors = self.donor.split(",") if isinstance(self.donor, str) else self.donor or ()
-        entries = [entry.partition(",")[0] for entry in str(self.allocation or "").split(";")]
+        line = self.allocation
+        tiers = line.bytes_by_tier if isinstance(line, Plan) else str(line or "").split(";")
+        entries = [entry.partition(",")[0] for entry in tiers]
         for name in (*entries, *donors):
             tier, _, folder = name.strip().partition(":")
             if tier.strip().lower() == "disk" and folder:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any, Literal, Self
 
-from distorch.errors import FormatError
+from distorch.errors import AllocationError, FormatError
 from distorch.plan.blocks import Block, Part
 
 __all__ = ["Placement", "Plan", "Prediction", "Ring", "gib", "read_block"]
@@ -74,6 +75,17 @@ class Prediction:
         """How many times the bound is predicted."""
         return self.predicted_seconds / self.bound_seconds if self.bound_seconds else 1.0
 
+    def table(self) -> list[tuple[str, str]]:
+        """Return the answer that a person needs first, as rows of a name and a value."""
+        step = f"{self.predicted_seconds:.4g} s on {self.machine}"
+        bound = f"{self.bound_seconds:.4g} s, set by {self.limited_by}; predicted / bound"
+        return [
+            ("a step takes", step),
+            ("no less than", f"{bound} {self.over_bound:.2f}"),
+            ("host RAM", gib(self.host_ram_bytes)),
+            ("activations", gib(self.activation_bytes)),
+        ]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -131,7 +143,33 @@ class Plan:
         ring = self.ring
         rows.append(("ring", f"{gib(ring.nbytes)} = {ring.num_slots} x {gib(ring.slot_bytes)}"))
         rows.append(("streamed each step", gib(self.streamed_bytes)))
+        if self.prediction is not None:
+            rows = self.prediction.table() + rows
         return rows + [("note", note) for note in self.notes]
+
+    def for_blocks(self, blocks: Sequence[Block]) -> Plan:
+        """Return this plan for a model that is cut into ``blocks``.
+
+        They are found by name or, since a file may name its tensors otherwise than a module does,
+        by their places and sizes.
+
+        Raises:
+            AllocationError: the plan was made for another model.
+        """
+        named = {placement.block.name: placement for placement in self.placements}
+        places: Sequence[Placement] = self.placements
+        if {block.name for block in blocks} == set(named):
+            places = [named[block.name] for block in blocks]
+        mine, theirs = [_size(placement.block) for placement in places], [*map(_size, blocks)]
+        if mine != theirs:
+            held = sum(block.nbytes for block in blocks)
+            raise AllocationError(
+                f"the plan is of another model: {len(mine)} blocks of {gib(self.model_bytes)}, and "
+                f"this model has {len(theirs)} of {gib(held)}",
+                hint="distorch plan MODEL --save plan.json",
+            )
+        pairs = zip(places, blocks, strict=True)
+        return replace(self, placements=tuple(replace(place, block=b) for place, b in pairs))
 
     def to_json(self) -> str:
         """Write the plan as JSON; `from_json` reads it back.
@@ -188,6 +226,10 @@ def _check(plan: Plan) -> None:
     largest = max((plan.placements[i].block.nbytes for i in plan.streamed_order), default=0)
     if largest and (plan.ring.num_slots < 1 or plan.ring.slot_bytes < largest):
         raise ValueError(f"slots of {plan.ring.slot_bytes} bytes, and a block of {largest}")
+
+
+def _size(block: Block) -> tuple[int, bool]:
+    return block.nbytes, block.looked_up
 
 
 def _prediction(item: dict[str, Any]) -> Prediction:

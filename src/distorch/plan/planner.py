@@ -15,7 +15,7 @@ from distorch.plan.cost import lanes
 from distorch.plan.plan import Placement, Plan, Ring, gib
 from distorch.plan.search import TINY_BYTES, deal, resident_sets, shares_by_speed, spread
 
-__all__ = ["Judge", "make_plan"]
+__all__ = ["Judge", "check_room", "make_plan"]
 
 _SMALL_BYTES = 16 << 20
 _SLOTS_IF_SMALL = 4
@@ -80,7 +80,7 @@ def make_plan(
         made = job.by_line(resolved)
         plan = next(made) if judge is None else _best(made, judge)
         assert plan is not None, "a line that resolves has a plan"
-    _check_room(plan, machine, judge.reserve_bytes if judge else 0)
+    check_room(plan, machine, judge.reserve_bytes if judge else 0)
     return plan
 
 
@@ -212,7 +212,7 @@ class _Job:
         )
 
 
-def _check_room(plan: Plan, machine: Machine, reserve_bytes: int) -> None:
+def check_room(plan: Plan, machine: Machine, reserve_bytes: int = 0) -> None:
     """Refuse what whole blocks, the ring and activations add to a line that fitted."""
     beside_bytes = plan.ring.nbytes + reserve_bytes
     held: Counter[str] = Counter({machine.tier(plan.compute).name: beside_bytes})

@@ -13,6 +13,7 @@ from distorch.integrations.attach import Handle, Progress
 from distorch.integrations.module_tree import describe
 from distorch.integrations.request import Request
 from distorch.machine import Machine
+from distorch.plan.plan import Plan
 from distorch.tiers.sources import FileSource
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ __all__ = ["load", "load_tokenizer"]
 
 def load(
     path: str | os.PathLike[str],
-    allocation: str | Allocation | None = None,
+    allocation: str | Allocation | Plan | None = None,
     *,
     virtual_vram_gb: float | None = None,
     donor: str | Sequence[str] | None = None,
