@@ -11,6 +11,7 @@ from typing import Annotated
 import dequantize
 import disk
 import main_job
+import published
 import typer
 from common import Figures, machine_line
 
@@ -22,6 +23,7 @@ _BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "loading": main_job.loading,
     "decoding": main_job.decoding,
     "capped": main_job.capped,
+    "published": published.run,
 }
 _GROUPS = {"main": ["loading", "decoding", "capped"]}
 _HELP = f"Some of {', '.join([*_BENCHMARKS, *_GROUPS])}, with commas between; all if not given."
