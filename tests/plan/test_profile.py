@@ -142,6 +142,19 @@ def test_a_cut_heads_flops_go_by_rows_and_its_embedding_is_no_visit() -> None:
     assert profile.flops[1:] == (2 * 7 * 32 * 9728, 2 * 7 * 32 * 10272)
 
 
+def test_products_of_experts_are_counted() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(4, 16, 32, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return torch._grouped_mm(x, self.weight, offs=ends)
+
+    x, ends = empty(24, 16, dtype=torch.bfloat16), empty(4, dtype=torch.int32)
+    assert profiled(on_meta(Experts), x, ends).total_flops == 2 * 24 * 16 * 32
+
+
 def test_what_the_pass_does_not_use_comes_last_and_costs_nothing() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

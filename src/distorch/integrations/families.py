@@ -198,7 +198,7 @@ def profile_family(
         describe(module).root,
         (),
         inputs,
-        name=f"{Path(name).name} {step} {form.name}",
+        name=f"{Path(name).resolve().name} {step} {form.name}",
         format=form.name,
     )
 

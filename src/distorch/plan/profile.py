@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ __all__ = ["profile_module"]
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}  # else BF16
 
 
+def _experts_flops(rows: Sequence[int], experts: Sequence[int], *_: object, **__: object) -> int:
+    """FLOPs of a product of each row with one matrix of a stack, from the two shapes."""
+    return 2 * prod(rows) * experts[-1]
+
+
+_COUNTED_TOO = {torch.ops.aten._grouped_mm: _experts_flops}  # noqa: SLF001  its only name
+
+
 def profile_module(
     module: nn.Module,
     root: Node,
@@ -45,10 +54,10 @@ def profile_module(
     stored in the dtypes of its parameters.
 
     - *Blocks* come in the order of their first use; those that the pass does not use come last.
-    - *FLOPs* are counted by torch's ``FlopCounterMode``: matrix products, convolutions and
-      attention, a multiplication and an addition as two. Those of an operation on a weight go to
-      the weight's block, to the runs of a long weight by their rows; those of any other (attention)
-      to the block begun last, since that is when they are computed.
+    - *FLOPs* are counted by torch's ``FlopCounterMode``: matrix products (those of experts too),
+      convolutions and attention, a multiplication and an addition as two. Those of an operation on
+      a weight go to the weight's block, to the runs of a long weight by their rows; those of any
+      other (attention) to the block begun last, since that is when they are computed.
     - *Activations* are the peak of bytes in all tensors beside weights: inputs, buffers, and what
       the pass makes, for as long as the model refers to it. An operation that torch has a fused
       kernel for holds its inputs and output only; attention never holds its matrix of scores.
@@ -69,7 +78,7 @@ def profile_module(
     if not blocks:
         raise ModelError("the module has no weights", hint="a module with parameters")
     kwargs = dict(kwargs or {})
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_COUNTED_TOO)
     recorder = _Recorder(module, blocks, counter)
     recorder.begin_tensors((args, kwargs, list(module.buffers())))
     hooks = recorder.attach(module)

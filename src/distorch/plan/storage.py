@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import prod
 from typing import Final
 
 from distorch.errors import ModelError
@@ -17,7 +18,7 @@ from distorch.plan.blocks import Node, TensorSpec
 __all__ = ["FORMATS", "Format", "format_named", "stored_as"]
 
 _SMALL_ELEMENTS: Final = 1024  # what is not larger is not worth packing (ComfyUI-GGUF's threshold)
-_MATRIX_DIMS: Final = 2
+_MATRIX_DIMS: Final = (2, 3)  # more than one of each: a dimension of one is none to ggml
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +36,15 @@ class Format:
     def dtype(self, shape: tuple[int, ...]) -> DType:
         """Return the dtype of a weight of ``shape``.
 
-        A matrix of more than 1,024 elements has the format; if its rows are not whole blocks, it is
-        BF16. Vectors, small tensors and convolutions are ``other``.
+        A matrix of more than 1,024 elements, or a stack of them (the experts of a layer), has the
+        format; if its rows are not whole blocks, it is BF16. All else is ``other``: vectors, small
+        tensors, convolutions of images and videos.
 
         >>> [format_named("Q4_K").dtype(shape).name for shape in ((64, 256), (64, 32), (256,))]
         ['Q4_K', 'BF16', 'F32']
         """
-        elements = 1
-        for size in shape:
-            elements *= size
-        if len(shape) != _MATRIX_DIMS or elements <= _SMALL_ELEMENTS:
+        matrix = len(shape) in _MATRIX_DIMS and min(shape) > 1
+        if not matrix or prod(shape) <= _SMALL_ELEMENTS:
             return self.other
         return DTYPES["BF16"] if shape[-1] % self.matrix.block_elements else self.matrix
 

@@ -1,0 +1,300 @@
+"""Models by name: what is counted agrees with what is known of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distorch.errors import MissingExtraError, ModelError
+from distorch.integrations.empty_models import diffusers_model
+from distorch.integrations.families import FAMILIES, profile_family
+from distorch.integrations.module_tree import describe
+from distorch.plan.blocks import cut
+from distorch.plan.cost import Profile
+from distorch.plan.storage import format_named, stored_as
+
+transformers = pytest.importorskip("transformers", reason="builds transformers' models")
+diffusers = pytest.importorskip("diffusers", reason="builds diffusers' models")
+
+SMALL: dict[str, dict[str, Any]] = {
+    "FluxTransformer2DModel": {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 256,
+        "pooled_projection_dim": 64,
+        "guidance_embeds": True,
+    },
+    "QwenImageTransformer2DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 256,
+    },
+    "WanTransformer3DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 512,
+        "text_dim": 256,
+    },
+}
+
+Saved = Callable[..., str]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """Write a configuration into a directory of its own, and return that."""
+
+    def save(config: object, name: str = "model") -> str:
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "config.json").write_text(text)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture
+def small(saved: Saved) -> Callable[[str], str]:
+    return lambda class_name: saved({"_class_name": class_name, **SMALL[class_name]}, class_name)
+
+
+@pytest.fixture
+def llama(saved: Saved) -> str:
+    return saved(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 1000,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        "llama",
+    )
+
+
+def num_weights(profile: Profile) -> int:
+    """Weights of a profile in bf16."""
+    return sum(part.nbytes for block in profile.blocks for part in block.parts) // 2
+
+
+def attention_flops(queries: int, keys: int, width: int, layers: int) -> int:
+    return 4 * queries * keys * width * layers
+
+
+@cache
+def whole(name: str, size: str | None = None, frames: int | None = None) -> Profile:
+    """A profile of a model in its full size, made once: it takes some seconds."""
+    return profile_family(name, size=size, frames=frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "frames", "weights", "nbytes", "tflop"),
+    [
+        ("flux.1-dev", None, None, 11.90e9, 23.8e9, 74.4),
+        ("qwen-image", None, None, 20.43e9, 40.9e9, 131.7),
+        ("qwen-image", "1024x1024", None, 20.43e9, 40.9e9, 70.6),
+        ("wan-14b", None, None, 14.29e9, 28.6e9, 1678),
+        ("wan-14b", "1280x720", 81, 14.29e9, 28.6e9, 6523),
+        ("wan-14b", "832x480", 17, 14.29e9, 28.6e9, 242),
+    ],
+)
+def test_counts_agree_with_the_known_ones_within_one_percent(
+    name: str, size: str | None, frames: int | None, weights: float, nbytes: float, tflop: float
+) -> None:
+    """Weights, bytes and TFLOP of a pass of the whole models, as they were counted before."""
+    profile = whole(name, size, frames)
+    assert num_weights(profile) == pytest.approx(weights, rel=0.01)
+    assert profile.model_bytes == pytest.approx(nbytes, rel=0.01)
+    assert profile.total_flops == pytest.approx(tflop * 1e12, rel=0.01)
+    assert profile.compute_dtype == "BF16"
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "known"),
+    [
+        ("flux.1-dev", attention_flops(4096 + 512, 4096 + 512, 3072, 57), 14.9),
+        ("qwen-image", attention_flops(6889 + 128, 6889 + 128, 3072, 60), 36.3),
+        ("wan-14b", attention_flops(32_760, 32_760 + 512, 5120, 40), 893),
+    ],
+)
+def test_the_part_of_attention_agrees_too(name: str, attention: int, known: float) -> None:
+    """Attention is what no weight of a module takes part in: in these models, after the norms."""
+    profile = whole(name, None, None)
+    outside = sum(
+        flops
+        for block, flops in zip(profile.blocks, profile.flops, strict=True)
+        if all(len(part.shape) == 1 for part in block.parts)
+    )
+    assert outside == attention
+    assert outside == pytest.approx(known * 1e12, rel=0.01)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_formats_have_their_share_of_the_bytes(name: str) -> None:
+    family = FAMILIES[name]
+    model = diffusers_model(family.class_name, family.config, torch.bfloat16)
+    root = describe(model).root
+    nbytes = {
+        form: sum(block.nbytes for block in cut(stored_as(root, format_named(form))))
+        for form in ("bf16", "fp8", "Q8_0", "Q6_K", "Q4_K")
+    }
+    for form, share in (("fp8", 0.5), ("Q8_0", 0.531), ("Q6_K", 0.410), ("Q4_K", 0.281)):
+        assert nbytes[form] / nbytes["bf16"] == pytest.approx(share, rel=0.01)
+
+
+def test_a_format_changes_the_bytes_and_not_the_work(small: Callable[[str], str]) -> None:
+    folder = small("FluxTransformer2DModel")
+    dense, packed = (profile_family(folder, size="64x64", format=f) for f in ("bf16", "Q8_0"))
+    assert packed.total_flops == dense.total_flops
+    assert packed.model_bytes < 0.6 * dense.model_bytes
+
+
+@pytest.mark.parametrize("class_name", SMALL)
+def test_twice_the_batch_is_twice_the_flops(small: Callable[[str], str], class_name: str) -> None:
+    options: dict[str, Any] = {"size": "128x64", "tokens": 16}
+    one, two = (profile_family(small(class_name), batch=batch, **options) for batch in (1, 2))
+    assert two.total_flops == 2 * one.total_flops
+    assert one.activation_bytes < two.activation_bytes <= 2 * one.activation_bytes
+    assert two.blocks == one.blocks
+    assert " batch 2 " in two.name
+
+
+@pytest.mark.parametrize("class_name", SMALL)
+def test_more_pixels_or_text_never_cost_less(small: Callable[[str], str], class_name: str) -> None:
+    steps = [("64x64", 8), ("64x128", 8), ("64x128", 32)]
+    found = [profile_family(small(class_name), size=size, tokens=n) for size, n in steps]
+    assert [profile.total_flops for profile in found] == sorted(
+        {profile.total_flops for profile in found}
+    )
+
+
+@pytest.mark.parametrize("class_name", SMALL)
+def test_blocks_are_those_of_the_model_as_it_runs(
+    small: Callable[[str], str], class_name: str
+) -> None:
+    model = getattr(diffusers, class_name)(**SMALL[class_name])
+    profile = profile_family(small(class_name), size="64x64", format="f32")
+    assert {block.name: block for block in profile.blocks} == {
+        block.name: block for block in cut(describe(model).root)
+    }
+    assert profile.compute_dtype == "F32"
+
+
+def test_a_whole_pipelines_directory_stands_for_its_transformer(
+    saved: Saved, tmp_path: Path
+) -> None:
+    config = {"_class_name": "FluxTransformer2DModel", **SMALL["FluxTransformer2DModel"]}
+    saved(config, "pipeline/transformer")
+    found = profile_family(str(tmp_path / "pipeline"), size="64x64")
+    assert found.name == "pipeline 64x64 bf16"
+
+
+def test_a_wan_that_starts_from_an_image_is_given_one(saved: Saved) -> None:
+    config = SMALL["WanTransformer3DModel"] | {
+        "_class_name": "WanTransformer3DModel",
+        "in_channels": 36,
+        "image_dim": 64,
+        "added_kv_proj_dim": 256,
+    }
+    without = config | {"image_dim": None, "added_kv_proj_dim": None}
+    from_image, from_text = (
+        profile_family(saved(each), size="64x64", frames=5) for each in (config, without)
+    )
+    keys_and_values = 2 * (2 * 2 * 257 * 256 * 256)  # of the image's tokens, in two layers
+    assert from_image.total_flops > from_text.total_flops + keys_and_values
+
+
+def test_a_prompt_and_a_step_of_generation(llama: str) -> None:
+    """A weight costs two operations a token; the head is asked for the last token's logits."""
+    prompt, step = profile_family(llama, tokens=100), profile_family(llama, tokens=1)
+    layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
+    head = 64 * 1000
+    assert step.total_flops == 2 * (2 * layer + head) + attention_flops(1, 1, 64, 2)
+    assert prompt.total_flops == (2 * (100 * 2 * layer + head) + attention_flops(100, 100, 64, 2))
+    assert prompt.blocks == step.blocks
+    assert (prompt.name, step.name) == ("llama 100 tokens bf16", "llama 1 tokens bf16")
+    assert profile_family(llama, tokens=100, batch=2).total_flops == 2 * prompt.total_flops
+
+
+def test_the_cache_of_a_prompt_counts_as_activations(llama: str) -> None:
+    few, many = (profile_family(llama, tokens=n).activation_bytes for n in (1000, 2000))
+    assert many - few >= 1000 * 2 * 2 * 32 * 2  # keys and values, two layers of 32, bf16
+
+
+def test_blocks_of_a_language_model_are_those_that_the_runtime_cuts(llama: str) -> None:
+    config = transformers.AutoConfig.from_pretrained(llama)
+    model = transformers.LlamaForCausalLM(config)
+    profile = profile_family(llama, format="f32")
+    assert {block.name for block in profile.blocks} == {
+        block.name for block in cut(describe(model).root)
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "hint"),
+    [
+        ({"name": "flux-dev"}, "known: flux.1-dev, qwen-image, wan-14b", "flux.1-dev"),
+        ({"name": "wan"}, "known: flux.1-dev, qwen-image, wan-14b", "wan-14b"),
+        ({"size": "1000x1024"}, "tokens of 16 x 16 pixels", "992x1024"),
+        ({"size": "0x8"}, "tokens of 16 x 16 pixels", "16x16"),
+        ({"size": "1024"}, "is no size", "1024x1024"),
+        ({"frames": 5}, "makes single images", "leave out"),
+        ({"tokens": 0}, "tokens is 0", "1 or more"),
+        ({"batch": -1}, "batch is -1", "1 or more"),
+        ({"format": "Q4"}, "bf16, f16, f32, fp8, Q4_0", "Q4_"),
+        ({"name": "wan-14b", "frames": 80}, "makes 1, 5, 9, 13", "81"),
+    ],
+)
+def test_what_is_refused_and_what_is_suggested(
+    options: dict[str, Any], problem: str, hint: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        profile_family(**({"name": "flux.1-dev"} | options))
+    assert problem in caught.value.problem
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("{", "is no configuration"),
+        ("[]", "is no configuration"),
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel, whose inputs"),
+        ({"_class_name": "FluxTransformer2DModel", "num_layers": "two"}, "diffusers cannot build"),
+        ({"_class_name": "FluxTransformer2DModel", "in_channels": None}, "cannot"),
+        ({}, "transformers cannot read"),
+        ({"model_type": "no-such"}, "transformers cannot read"),
+        ({"model_type": "clip"}, "transformers cannot read"),
+    ],
+)
+def test_configurations_that_make_no_model(saved: Saved, config: object, problem: str) -> None:
+    with pytest.raises(ModelError, match=problem):
+        profile_family(saved(config))
+
+
+def test_a_language_model_has_no_size(llama: str) -> None:
+    with pytest.raises(ModelError, match="is a language model"):
+        profile_family(llama, size="512x512")
+
+
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, llama: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name, extra in ((next(iter(FAMILIES)), "diffusers"), (llama, "transformers")):
+        with pytest.raises(MissingExtraError) as caught:
+            profile_family(name)
+        assert caught.value.hint == f'pip install "distorch[{extra}]"'
