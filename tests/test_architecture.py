@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LAYERS = """
     cli
     draw integrations
-    simulate
+    simulate probe
     run transfers
     tiers quant
     plan
@@ -34,8 +34,10 @@ LAYERS = """
 """
 
 TORCH_ROOMS = (
+    "distorch._probe_accelerators",
     "distorch.integrations",
     "distorch.plan.profile",
+    "distorch.probe",
     "distorch.quant",
     "distorch.run.executor",
     "distorch.tiers.accelerator",

@@ -7,11 +7,8 @@ the arguments of `Machine`, `Tier`, `Link` and `Compute`, which judge the values
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
 import tomllib
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -22,6 +19,7 @@ from typing import Any, Final
 import tomli_w
 
 from distorch.errors import MachineError, StorageError
+from distorch.files import replacing
 
 __all__ = ["dump", "parse", "profile_names", "profile_text", "read", "replace_file"]
 
@@ -210,23 +208,15 @@ def replace_file(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"the machine cannot be written to {path}: {error.strerror}",
-                hint="a file name in a folder that has room: distorch probe --output machine.toml",
-            ) from error
-        raise
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise StorageError(
+            f"the machine cannot be written to {path}: {error.strerror}",
+            hint="a file name in a folder that has room: distorch probe --output machine.toml",
+        ) from error
 
 
 def profile_names() -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""The command line: ``distorch run``, ``distorch plan``, ``distorch inspect``.
+"""The command line: ``distorch run``, ``plan``, ``inspect``, ``probe``.
 
-torch is imported by ``run`` alone, and only once what was asked has been read without a mistake.
+torch is imported by ``run`` and ``probe``, and only once what was asked has been read without a
+mistake.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from distorch import __version__
-from distorch.cli import inspect, plan, run
+from distorch.cli import inspect, plan, probe, run
 from distorch.cli.endings import Command
 
 __all__ = ["main"]
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command("run", cls=Command, help=run.HELP)(run.run)
 app.command("plan", cls=Command, help=plan.HELP)(plan.plan)
 app.command("inspect", cls=Command, help=inspect.HELP)(inspect.inspect)
+app.command("probe", cls=Command, help=probe.HELP)(probe.probe)
 
 
 @app.callback(invoke_without_command=True)
