@@ -20,7 +20,7 @@ from distorch.plan.planner import Judge, make_plan
 from distorch.run.schedule import Schedule
 from distorch.transfers import Transfer, Transfers
 
-__all__ = ["Overlap", "Span", "Timeline", "best_plan", "predict", "simulate"]
+__all__ = ["Overlap", "Span", "Timeline", "best_plan", "predict", "simulate", "timeline"]
 
 Overlap = Literal["ring", "one ahead", "none"]
 """How copies meet compute: ours; the next block only, from scratch each step; or not at all."""
@@ -58,7 +58,7 @@ def predict(plan: Plan, profile: Profile, machine: Machine) -> Prediction:
         MachineError: the machine does not say how fast the device computes, or a donor's link is.
     """
     seconds = block_seconds(profile, machine.compute(plan.compute))
-    timeline = simulate(plan, seconds, machine)
+    found = simulate(plan, seconds, machine)
     bound_seconds, limited_by = bound(plan, seconds, machine)
     moved = steady_bytes(plan)
     held = plan.bytes_by_tier
@@ -66,7 +66,7 @@ def predict(plan: Plan, profile: Profile, machine: Machine) -> Prediction:
     stages = any(machine.tier(name).is_disk for name in moved)
     return Prediction(
         machine=machine.name,
-        predicted_seconds=timeline.step_seconds,
+        predicted_seconds=found.step_seconds,
         bound_seconds=bound_seconds,
         compute_seconds=sum(seconds),
         limited_by=limited_by,
@@ -104,6 +104,12 @@ def best_plan(
         profile.blocks, allocation, machine, compute=compute, ring_bytes=ring_bytes, judge=judge
     )
     return replace(plan, prediction=predict(plan, profile, machine))
+
+
+def timeline(plan: Plan, profile: Profile, machine: Machine) -> Timeline:
+    """Return one step of ``profile`` as ``plan`` places it on ``machine``, with its spans."""
+    seconds = block_seconds(profile, machine.compute(plan.compute))
+    return simulate(plan, seconds, machine, trace=True)
 
 
 def simulate(

@@ -103,7 +103,7 @@ def test_a_plan_is_json_and_a_file(model: Path, tmp_path: Path) -> None:
     )
     assert (done.code, done.err) == (0, "")
     plan = Plan.from_json(file.read_text())
-    assert Plan.from_json(done.out) == plan
+    assert Plan.from_json(json.dumps(done.json["plan"])) == plan
     assert plan.model_bytes == sum(plan.bytes_by_tier.values())
     assert plan.bytes_by_tier["disk"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -13,12 +13,18 @@ from distorch.machine import Machine
 
 __all__ = [
     "AllocationOption",
+    "BatchOption",
     "ComputeOption",
     "DonorOption",
+    "FormatOption",
+    "FramesOption",
     "JsonOption",
+    "MachineOption",
     "ModelArgument",
     "Placement",
     "RingOption",
+    "SizeOption",
+    "TokensOption",
     "VirtualVramOption",
 ]
 
@@ -29,6 +35,23 @@ ModelArgument = Annotated[
         help="A GGUF file, a directory with safetensors, or the word 'demo'.",
         show_default=False,
     ),
+]
+MachineOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The machine: rtx4070-12gb or another that is known, or a TOML file; else this one.",
+    ),
+]
+SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Pixels: 1328x1328.")]
+FramesOption = Annotated[int | None, typer.Option(metavar="N", min=1, help="Frames of a video.")]
+TokensOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Tokens of text; 1 is decoding.")
+]
+BatchOption = Annotated[int, typer.Option(metavar="N", min=1, help="How many at once.")]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", metavar="NAME", help="How weights are stored: bf16, fp8, Q4_K, ..."),
 ]
 AllocationOption = Annotated[
     str | None,

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,8 +25,10 @@ from distorch.cli.options import (
     VirtualVramOption,
 )
 from distorch.cli.output import Bar, printable, show_pairs
+from distorch.cli.plan import read_plan
+from distorch.errors import AllocationError
 from distorch.formats import open_checkpoint
-from distorch.plan.plan import gib
+from distorch.plan.plan import Plan, gib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +44,7 @@ Generate text with a language model whose weights rest in several memories.
 Examples:
   distorch run demo --allocation "cpu,64mb;disk,*" --prompt "The capital of France is"
   distorch run model.gguf --virtual-vram 8 --donor disk --prompt "Once upon a time"
+  distorch run model.gguf --plan plan.json --prompt "Once upon a time"
   distorch run model-directory --prompt "Hello" --temperature 0.8 --seed 7 --json
 """
 
@@ -50,6 +54,10 @@ PromptOption = Annotated[
 NumOption = Annotated[int, typer.Option(metavar="N", min=1, help="At most so many tokens more.")]
 TemperatureOption = Annotated[
     float, typer.Option(metavar="T", min=0, help="Draw tokens at random; 0 takes the likeliest.")
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A plan that `distorch plan --save` wrote."),
 ]
 SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="What the drawing begins with.")]
 
@@ -124,6 +132,7 @@ def run(
     donor: DonorOption = None,
     compute: ComputeOption = None,
     ring: RingOption = None,
+    plan: PlanOption = None,
     max_new_tokens: NumOption = 64,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
@@ -134,7 +143,7 @@ def run(
     placement = Placement(
         allocation=allocation, virtual_vram=virtual_vram, donor=donor, compute=compute, ring=ring
     )
-    loaded, tokenizer = _load(model, placement)
+    loaded, tokenizer = _load(model, placement, None if plan is None else _saved(plan, placement))
     seconds_to_ready = time.perf_counter() - began
     show = _ignore if as_json else _show_now
     try:
@@ -156,10 +165,22 @@ def run(
         typer.echo(json.dumps(asdict(report)))
     else:
         _show_now("\n")
-        show_pairs(handle.plan.table() + report.table())
+        foretold = handle.plan.prediction
+        show_pairs(handle.plan.table() + (foretold.table() if foretold else []) + report.table())
 
 
-def _load(model: str, placement: Placement) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _saved(path: Path, placement: Placement) -> Plan:
+    if placement != Placement():
+        raise AllocationError(
+            "--plan says all of where the weights rest, and another option says it too",
+            hint=f"--plan {path} alone",
+        )
+    return read_plan(path)
+
+
+def _load(
+    model: str, placement: Placement, plan: Plan | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with Bar() as bar:
         path = find_model(model, bar)
         with open_checkpoint(path):
@@ -168,7 +189,7 @@ def _load(model: str, placement: Placement) -> tuple[PreTrainedModel, PreTrained
         bar.begin("starting torch and transformers")
         loaded = distorch.load(
             path,
-            placement.allocation,
+            plan or placement.allocation,
             virtual_vram_gb=placement.virtual_vram,
             donor=placement.donor,
             compute=placement.compute,

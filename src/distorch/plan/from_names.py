@@ -7,14 +7,16 @@ DisTorch loads, both trees are cut into the same blocks (``tests/cli/test_plan.p
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Final
 
 from distorch.formats import TensorInfo
-from distorch.plan.blocks import Node, TensorSpec
+from distorch.plan.blocks import Block, Node, TensorSpec
+from distorch.plan.cost import Profile
 
-__all__ = ["tree_from_names"]
+__all__ = ["profile_from_names", "tree_from_names"]
 
 _EMBEDDINGS: Final = {"token_embd", "embed_tokens", "wte"}
 _HEADS: Final = {"output", "lm_head"}
@@ -99,3 +101,25 @@ def _node(name: str, branch: _Branch) -> Node:
 def _place(name: str) -> tuple[int, int, str]:
     """Sort known names as they are executed, numbers by size, and the others by their letters."""
     return _RANK.get(name, len(_RANK)), len(name) if name.isdecimal() else 0, name
+
+
+def profile_from_names(
+    name: str, blocks: Sequence[Block], num_tokens: int, compute_dtype: str
+) -> Profile:
+    """Estimate a language model's step from its blocks: two operations a weight and token.
+
+    Attention over earlier tokens, and activations, are not counted: a header does not tell them.
+    """
+    flops = tuple(
+        0
+        if block.looked_up
+        else sum(2 * prod(part.shape) * num_tokens for part in block.parts if len(part.shape) > 1)
+        for block in blocks
+    )
+    return Profile(
+        name=f"{name}, {num_tokens} tokens",
+        blocks=tuple(blocks),
+        flops=flops,
+        activation_bytes=0,
+        compute_dtype=compute_dtype,
+    )

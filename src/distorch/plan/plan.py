@@ -76,15 +76,10 @@ class Prediction:
         return self.predicted_seconds / self.bound_seconds if self.bound_seconds else 1.0
 
     def table(self) -> list[tuple[str, str]]:
-        """Return the answer that a person needs first, as rows of a name and a value."""
-        step = f"{self.predicted_seconds:.4g} s on {self.machine}"
-        bound = f"{self.bound_seconds:.4g} s, set by {self.limited_by}; predicted / bound"
-        return [
-            ("a step takes", step),
-            ("no less than", f"{bound} {self.over_bound:.2f}"),
-            ("host RAM", gib(self.host_ram_bytes)),
-            ("activations", gib(self.activation_bytes)),
-        ]
+        """Return what was foretold, as rows of a name and a value."""
+        step = f"{self.predicted_seconds:.4g} s a step on {self.machine}"
+        bound = f"{self.bound_seconds:.4g} s, set by {self.limited_by}"
+        return [("predicted", step), ("bound", bound)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +138,6 @@ class Plan:
         ring = self.ring
         rows.append(("ring", f"{gib(ring.nbytes)} = {ring.num_slots} x {gib(ring.slot_bytes)}"))
         rows.append(("streamed each step", gib(self.streamed_bytes)))
-        if self.prediction is not None:
-            rows = self.prediction.table() + rows
         return rows + [("note", note) for note in self.notes]
 
     def for_blocks(self, blocks: Sequence[Block]) -> Plan:

@@ -19,7 +19,6 @@ __all__ = ["TINY_BYTES", "deal", "resident_sets", "shares_by_speed", "spread"]
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fall ever farther from each other
 TINY_BYTES = 64 << 10  # a visit of these costs its latency, not its bytes: keep them first
 _LEVELS = 24  # densities tried: all of them for models of so many blocks
-_MANY_BLOCKS = 600  # more than these are so fine that the first candidate is as good as any
 
 
 def resident_sets(blocks: Sequence[Block], budget_bytes: int) -> Iterator[frozenset[int]]:
@@ -50,11 +49,9 @@ def _densities(
 ) -> Iterator[list[int]]:
     """Even spreads of ``rest``, the densest that fits first; nothing at all is the last."""
     num, total = len(rest), sum(blocks[index].nbytes for index in rest)
-    if num > _MANY_BLOCKS:
-        yield []
-        return
     step = max(1, num // _LEVELS)
-    for level in range(num - num % step, 0, -step):
+    highest = min(num, budget_bytes * num // max(1, total) + 1)
+    for level in range(highest // step * step, 0, -step):
         first = spread(blocks, rest, total * level // num)
         if first and sum(blocks[index].nbytes for index in first) <= budget_bytes:
             yield first
