@@ -1,7 +1,7 @@
-"""The command line: ``distorch run``, ``plan``, ``inspect``, ``probe``.
+"""The command line: ``distorch run``, ``plan``, ``inspect``, ``bench``, ``probe``.
 
-torch is imported by ``run`` and ``probe``, and only once what was asked has been read without a
-mistake.
+torch is imported by those that run, measure or profile, and only once what was asked has been read
+without a mistake.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from distorch import __version__
-from distorch.cli import inspect, plan, probe, run
+from distorch.cli import bench, inspect, plan, probe, run
 from distorch.cli.endings import Command
 
 __all__ = ["main"]
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.command("run", cls=Command, help=run.HELP)(run.run)
 app.command("plan", cls=Command, help=plan.HELP)(plan.plan)
 app.command("inspect", cls=Command, help=inspect.HELP)(inspect.inspect)
+app.command("bench", cls=Command, help=bench.HELP)(bench.bench)
 app.command("probe", cls=Command, help=probe.HELP)(probe.probe)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["SweepPoint", "draw_sweep"]
 
 _GIB: Final = 1 << 30
+_MIB: Final = 1 << 20
 # In inches; of the size, the height is that of the axes.
 _SIZE: Final = (9.5, 4.4)
 _LEFT: Final = 0.8
@@ -25,8 +26,8 @@ _RIGHT: Final = 0.3
 _HEAD: Final = 0.85
 _FOOT: Final = 0.15
 _TO_LEGEND: Final = 0.55
-_THICKEST: Final = 4.4
-_THINNEST: Final = 1.8
+_THINNEST: Final = 2.0
+_THICKER: Final = 0.8
 _TOGETHER: Final = Style(colour=INK, marker="D")  # several donors at once
 _LINES_APART: Final = 12  # a slowest line so many times the fastest would flatten it: log then
 _BOUND_LINE: Final[dict[str, Any]] = {"linewidth": 1.1, "linestyle": (0, (1, 1.5))}
@@ -101,7 +102,7 @@ def draw_sweep(
         place = (x, 1 - (_HEAD + axes_high) / high, 1 - (_LEFT + _RIGHT) / wide, axes_high / high)
         axes = figure.add_axes(place)
         for number, (donor, line) in enumerate(lines.items()):
-            thick = _THICKEST - (_THICKEST - _THINNEST) * number / max(len(lines) - 1, 1)
+            thick = _THINNEST + _THICKER * (len(lines) - 1 - number)
             _paint_line(axes, line, _style(donor, lines, compute), thick)
         if compute_seconds is not None:
             axes.axhline(compute_seconds, **_FLOOR)
@@ -131,7 +132,7 @@ def _style(donor: str, lines: Lines, compute: str) -> Style:
 def _paint_line(axes: Axes, line: Sequence[SweepPoint], style: Style, thick: float) -> None:
     def draw(seconds: Iterable[float | None], **look: Any) -> None:
         pairs = [
-            (point.offloaded_bytes / _GIB, found)
+            (point.offloaded_bytes, found)
             for point, found in zip(line, seconds, strict=True)
             if found is not None
         ]
@@ -170,11 +171,22 @@ def _paint_axes(axes: Axes, lines: Lines, compute_seconds: float | None) -> None
         _log_axis(axes, [*slowest, floor or min(slowest)])
     else:
         axes.set_ylim(0, 1.08 * max([*slowest, floor]) or 1)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("GiB offloaded from the compute device", labelpad=2)
+    _bytes_axis(axes, [point.offloaded_bytes for line in lines.values() for point in line])
     axes.set_ylabel("seconds per step")
     axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _bytes_axis(axes: Axes, offloaded: Sequence[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    most = max(offloaded, default=0) or _GIB
+    unit, size = ("GiB", _GIB) if most >= _GIB else ("MiB", _MIB)
+    ticks = MaxNLocator(nbins=10, steps=[1, 2, 5, 10]).tick_values(0, most / size)
+    axes.set_xlim(0, 1.03 * most)
+    axes.set_xticks([tick * size for tick in ticks if tick * size <= 1.03 * most])
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / size:g}")
+    axes.set_xlabel(f"{unit} offloaded from the compute device", labelpad=2)
 
 
 def _log_axis(axes: Axes, seconds: Sequence[float]) -> None:
