@@ -259,6 +259,17 @@ def test_the_host_keeps_every_block_at_a_multiple_of_64() -> None:
         assert tier.memory(block).numel() == block.nbytes
 
 
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 5 << 20])
+def test_pages_begin_with_a_page_and_are_ordinary_memory(nbytes: int) -> None:
+    with torch.inference_mode():
+        memory = allocate_pages(nbytes)
+    assert not memory.is_inference()
+    assert memory.numel() == memory.untyped_storage().nbytes() == nbytes
+    assert memory.data_ptr() % 4096 == 0
+    memory.fill_(7)
+    assert bytes(view_bytes(memory)) == bytes([7]) * nbytes
+
+
 def test_the_host_counts_what_it_adopts_and_keeps_no_copy_of_it() -> None:
     (block,) = many_parts(1)
     tier = HostTier("cpu")

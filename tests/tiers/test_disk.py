@@ -17,6 +17,7 @@ from distorch.plan.blocks import Block
 from distorch.tiers import destinations
 from distorch.tiers import disk as disk_module
 from distorch.tiers.disk import DiskTier
+from distorch.tiers.host import allocate_pages, view_bytes
 from tests.plan_strategies import MIB, contents, equal_blocks, many_parts, memory_source
 
 if TYPE_CHECKING:
@@ -35,6 +36,26 @@ def _is_right(tier: DiskTier, block: Block, data: dict[str, bytes]) -> bool:
     slot = memoryview(bytearray(block.nbytes))
     tier.read(block, slot)
     return all(bytes(out) == data[part.tensor] for part, out in destinations(block, slot))
+
+
+def test_our_file_is_read_straight_into_a_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = (*many_parts(5), *equal_blocks(2, MIB + 77))
+    data = contents(blocks)
+    tier = DiskTier("disk", tmp_path)
+    for block in blocks:
+        tier.put(block, memory_source(data))
+    reader = tier._read_from._reader  # type: ignore[attr-defined]  # our own file's
+    if not reader._is_direct:
+        pytest.skip("this file system has no O_DIRECT")
+    monkeypatch.setattr(reader, "_read_and_copy", None)
+    monkeypatch.setattr(reader.cache, "has_most", lambda *_: False)
+    for block in blocks:
+        slot = view_bytes(allocate_pages(block.slot_bytes))
+        tier.read(block, slot)
+        assert all(bytes(out) == data[part.tensor] for part, out in destinations(block, slot))
+    tier.close()
 
 
 @needs_posix

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distorch.errors import StorageError
 from distorch.formats import TensorInfo, open_checkpoint
-from distorch.plan.blocks import Node, Part, TensorSpec, cut
+from distorch.plan.blocks import SECTOR_BYTES, Block, Node, Part, TensorSpec, cut
+from distorch.tiers.file_reader import FileReader
+from distorch.tiers.host import allocate_pages, view_bytes
 from distorch.tiers.sources import FileSource, MemorySource
 from tests.formats.make import Stored, write_safetensors, write_sharded
 
@@ -20,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from distorch.tiers import Source
+
+    Infos = Mapping[str, TensorInfo]
 
 FDS = Path("/proc/self/fd")
 needs_fds = pytest.mark.skipif(not FDS.exists(), reason="no /proc/self/fd to count handles in")
@@ -152,6 +160,171 @@ def test_rows_of_an_amended_tensor_are_amended_too_or_refused(tmp_path: Path) ->
     finally:
         source.close()
     assert out == b"\xff\xff"
+
+
+SLOT_WAYS = ["direct", "direct reads invalid", "through the cache", "no sectors", "read and drop"]
+PACKED = ("Q8_0", (61, 1024), 61 * 32 * 34)  # more than the 64 KiB that are worth a layout
+DENSE = ("F32", (61, 277), 61 * 277 * 4)
+NOISE = random.Random(2).randbytes(500_123)  # noqa: S311  weights, not secrets
+ZEROS = bytes(len(NOISE))
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("noise") / "weights"
+    path.write_bytes(NOISE)
+    return path
+
+
+def _laid(path: Path, *parts: tuple[tuple[str, tuple[int, int], int], int]) -> tuple[Block, Infos]:
+    """Return a block of parts of these kinds at these offsets of a file."""
+    infos = {
+        f"w{place}": TensorInfo(f"w{place}", dtype, shape, at, nbytes, path)
+        for place, ((dtype, shape, nbytes), at) in enumerate(parts)
+    }
+    made = [
+        Part(tensor=info.name, dtype=info.dtype, shape=info.shape, nbytes=info.nbytes)
+        for info in infos.values()
+    ]
+    return Block(name="layer", parts=tuple(made), module="layer"), infos
+
+
+@contextmanager
+def _source(path: Path, infos: Infos, way: str) -> Iterator[FileSource]:
+    """A source that reads this way and no other."""
+    with pytest.MonkeyPatch.context() as patch:
+        preadv = os.preadv
+
+        def refuse(fd: int, buffers: Any, offset: int) -> int:
+            if fd == reader._direct_fd:
+                raise OSError(errno.EINVAL, "refused")
+            return preadv(fd, buffers, offset)
+
+        source = FileSource(infos)
+        reader = source._readers[path]
+        patch.setattr(reader.cache, "has_most", lambda *_: way == "through the cache")
+        if way == "direct":
+            if reader._direct_fd < 0:
+                pytest.skip("this file system has no O_DIRECT")
+        elif way == "direct reads invalid":
+            patch.setattr(os, "preadv", refuse)
+        elif way == "read and drop":
+            reader._is_direct = False
+        yield source
+        source.close()
+
+
+def _slot(block: Block, way: str) -> memoryview:
+    """A slot of a ring; or one of memory that no direct read can write to."""
+    memory = view_bytes(allocate_pages(2 * block.slot_bytes))
+    start = 64 if way == "no sectors" else 0
+    return memory[start : start + block.slot_bytes]
+
+
+def _in_slot(source: FileSource, block: Block, slot: memoryview) -> list[bytes]:
+    return [
+        bytes(slot[at : at + part.nbytes])
+        for part, at in zip(block.parts, source.offsets(block), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("way", SLOT_WAYS)
+@given(st.integers(0, 3 * SECTOR_BYTES), st.sampled_from([0, 1, 30, 64, 4096, 5000]), st.booleans())
+@example(0, 0, False)  # noqa: FBT003
+@example(1, 0, True)  # noqa: FBT003
+@example(SECTOR_BYTES - 1, 0, False)  # noqa: FBT003
+def test_packed_parts_come_right_at_every_offset_from_a_sector(
+    noise: Path,
+    way: str,
+    begin: int,
+    gap: int,
+    swapped: bool,  # noqa: FBT001
+) -> None:
+    places = [begin, begin + PACKED[2] + gap]
+    block, infos = _laid(noise, *((PACKED, at) for at in places[:: -1 if swapped else 1]))
+    with _source(noise, infos, way) as source:
+        slot = _slot(block, way)
+        source.read_block(block, slot)
+        expected = [NOISE[info.offset :][: info.nbytes] for info in infos.values()]
+        assert _in_slot(source, block, slot) == expected
+        assert all(0 <= at <= block.slot_bytes for at in source.offsets(block))
+
+
+@given(st.integers(0, 3 * SECTOR_BYTES))
+def test_one_run_of_a_file_is_read_straight_into_its_slot(noise: Path, begin: int) -> None:
+    block, infos = _laid(noise, (PACKED, begin), (PACKED, begin + PACKED[2] + 30))
+    with _source(noise, infos, "direct") as source, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileReader, "_read_and_copy", None)
+        slot = _slot(block, "direct")
+        source.read_block(block, slot)
+        assert source.offsets(block)[0] == begin % SECTOR_BYTES
+        assert _in_slot(source, block, slot)[0] == NOISE[begin:][: PACKED[2]]
+
+
+@pytest.mark.parametrize("way", SLOT_WAYS)
+@pytest.mark.parametrize("spare", [0, 1, 4095, 4096])
+def test_a_run_that_ends_with_its_file_comes_to_its_last_byte(
+    noise: Path, way: str, spare: int
+) -> None:
+    begin = len(NOISE) - spare - PACKED[2]
+    block, infos = _laid(noise, (PACKED, begin))
+    with _source(noise, infos, way) as source:
+        slot = _slot(block, way)
+        source.read_block(block, slot)
+        assert _in_slot(source, block, slot) == [NOISE[begin:][: PACKED[2]]]
+
+
+@pytest.mark.parametrize("way", SLOT_WAYS)
+@given(st.integers(0, 3 * SECTOR_BYTES), st.integers(0, 130))
+@example(64, 128 - DENSE[2] % 64)
+@example(0, -PACKED[2] % 64)
+def test_dense_parts_are_aligned_in_memory(noise: Path, way: str, begin: int, gap: int) -> None:
+    for kinds in ((DENSE, DENSE), (PACKED, DENSE), (DENSE, PACKED)):
+        second = begin + kinds[0][2] + gap
+        block, infos = _laid(noise, (kinds[0], begin), (kinds[1], second))
+        with _source(noise, infos, way) as source:
+            slot = _slot(block, way)
+            source.read_block(block, slot)
+            for kind, at in zip(kinds, source.offsets(block), strict=True):
+                assert kind is PACKED or at % 64 == 0
+            expected = [NOISE[info.offset :][: info.nbytes] for info in infos.values()]
+            assert _in_slot(source, block, slot) == expected
+
+
+def test_amended_parts_and_parts_of_several_files_lie_as_the_block_says(
+    noise: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "weights"
+    other.write_bytes(NOISE)
+    block, infos = _laid(noise, (PACKED, 100), (PACKED, 100 + PACKED[2]))
+
+    def clear(memory: memoryview) -> None:
+        memory[:] = ZEROS[: len(memory)]
+
+    expected = [NOISE[info.offset :][: info.nbytes] for info in infos.values()]
+    apart = {**infos, "w1": replace(infos["w1"], path=other)}
+    for source, second in (
+        (FileSource(infos, {"w1": clear}), ZEROS[: PACKED[2]]),
+        (FileSource(apart), expected[1]),
+    ):
+        slot = _slot(block, "direct")
+        source.read_block(block, slot)
+        assert tuple(source.offsets(block)) == block.offsets
+        assert _in_slot(source, block, slot) == [expected[0], second]
+        source.close()
+
+
+def test_a_run_of_rows_lies_where_the_file_has_it(noise: Path) -> None:
+    row_bytes = PACKED[2] // 61
+    infos = {"w": TensorInfo("w", "Q8_0", (400, 1024), 77, 400 * row_bytes, noise)}
+    part = Part(tensor="w", dtype="Q8_0", shape=(61, 1024), nbytes=PACKED[2], first_row=200)
+    block = Block(name="w[200:261]", parts=(part,), module=None)
+    with _source(noise, infos, "direct") as source:
+        slot = _slot(block, "direct")
+        source.read_block(block, slot)
+        begin = 77 + 200 * row_bytes
+        assert list(source.offsets(block)) == [begin % SECTOR_BYTES]
+        assert _in_slot(source, block, slot) == [NOISE[begin:][: PACKED[2]]]
 
 
 @needs_fds

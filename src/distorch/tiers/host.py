@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ def allocate(nbytes: int) -> Tensor:
 
 
 def allocate_pages(nbytes: int) -> Tensor:
-    """Return ``nbytes`` of uint8 that begin with a page of memory, as direct reads want them.
+    """Return ``nbytes`` of uint8 that begin with a page, as direct reads want them.
+
+    The pages are huge where there are such: a disk writes to few large ones faster than to many.
 
     >>> allocate_pages(10).data_ptr() % 4096
     0
@@ -33,8 +36,12 @@ def allocate_pages(nbytes: int) -> Tensor:
     if not nbytes:
         return allocate(0)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON} if hasattr(mmap, "MAP_PRIVATE") else {}
+    pages = mmap.mmap(-1, nbytes, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system that was built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     with torch.inference_mode(mode=False):
-        return torch.frombuffer(mmap.mmap(-1, nbytes, **private), dtype=torch.uint8)
+        return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def view_bytes(memory: Tensor) -> memoryview:
