@@ -89,14 +89,7 @@ def bench(
         check_picture(plot)  # before all the work that it shows
     num_points = points if sweep else None
     if _is_checkpoint(model):
-        if machine is not None:
-            raise MachineError(
-                f"{model} is a checkpoint, which is measured on this machine, not on {machine}",
-                hint=f"without --machine; or distorch plan {model} --machine {machine}",
-            )
-        with Bar() as bar:
-            path = find_model(model, bar)
-            found = measured_sweep(path, path.name, num_points, steps, bar)
+        found = _measured(model, machine, num_points, steps)
     else:
         where = Machine.here() if machine is None else Machine.load(machine)
         profile = model_profile(
@@ -120,13 +113,24 @@ def _is_checkpoint(name: str) -> bool:
     return name == "demo" or path.is_file() or path.suffix.lower() in _CHECKPOINTS
 
 
+def _measured(model: str, machine: str | None, num_points: int | None, steps: int) -> Sweep:
+    if machine is not None:
+        raise MachineError(
+            f"{model} is a checkpoint, which is measured on this machine, not on {machine}",
+            hint=f"without --machine; or distorch plan {model} --machine {machine}",
+        )
+    with Bar() as bar:
+        path = find_model(model, bar)
+        return measured_sweep(path, path.name, num_points, steps, bar)
+
+
 def _show(found: Sweep) -> None:
     how = "measured" if found.measured else "predicted"
     show_pairs(
         [
             ("model", f"{found.model}, {gib(found.model_bytes)}"),
             ("machine", f"{found.machine}, {found.compute} computes"),
-            ("all resident", f"{seconds_text(found.compute_seconds)} a step, {how}"),
+            ("compute alone", f"{seconds_text(found.compute_seconds)} a step, {how}"),
         ]
     )
     print()  # noqa: T201

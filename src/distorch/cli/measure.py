@@ -81,8 +81,8 @@ def measured_sweep(
         return found[-1].point
 
     points, skipped = each(lines, run, bar.begin)
-    whole = [point.seconds for point in points if not point.offloaded_bytes]
-    resident_seconds = min([resident.point.seconds, *whole])  # that is measured twice
+    # Every step computes all of it: where the machine was busy meanwhile, another tells better.
+    resident_seconds = min(point.seconds for point in (resident.point, *points))
     return Sweep(
         model=name,
         machine=platform.node() or "this machine",

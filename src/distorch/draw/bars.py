@@ -26,7 +26,7 @@ LEGEND_ROW_INCHES: Final = 0.23
 _VISIBLE: Final = 1 / 320  # of an axis: what is narrower is merged with its like
 _GAP: Final = 1 / 1600  # of an axis, left white between bars that can be told apart
 _TOUCHING: Final = 1 / 10_000
-_MOST_GAPS: Final = 250  # more bars than these in a row are one texture
+_MANY: Final = 250  # more bars than these in a row are one texture
 _LEGEND_CHARACTERS: Final = 150  # in a row of a legend, keys and space between included
 _KEY_CHARACTERS: Final = 7
 _MOST_COLUMNS: Final = 4
@@ -77,14 +77,23 @@ def paint_bars(
     bars: Iterable[Bar],
     width: float,
     place: tuple[float, float],
+    *,
+    thinnest: float = 0.0,
     **look: Any,
 ) -> None:
-    """Draw bars on an axis of ``width``, at the bottom and of the height that ``place`` says."""
+    """Draw bars on an axis of ``width``, at the bottom and of the height that ``place`` says.
+
+    A few bars are drawn ``thinnest`` (of the axis) at least, so that none vanishes between pixels;
+    very many are drawn as they are, and shade the pixels that they share.
+    """
     given = list(bars)
-    gap = width * _GAP if len(given) <= _MOST_GAPS else 0.0
-    seen = list(merged(given, width))
-    ranges = [(bar.begin, bar.length - (gap if bar.length > 4 * gap else 0)) for bar in seen]
-    axes.broken_barh(ranges, place, **{"linewidth": 0, **look})
+    many = len(given) > _MANY
+    gap, least = (0.0, 0.0) if many else (width * _GAP, width * thinnest)
+    ranges = [
+        (bar.begin, max(bar.length - (gap if bar.length > 4 * gap else 0), least))
+        for bar in merged(given, width)
+    ]
+    axes.broken_barh(ranges, place, **{"linewidth": 0, "snap": not many, **look})
 
 
 def legend_columns(entries: Sequence[Entry]) -> int:

@@ -80,10 +80,9 @@ def draw_sweep(
 ) -> None:
     """Draw seconds per step against GiB offloaded, one line for each donor.
 
-    Predicted points are joined by a line, measured ones are markers (and joined where nothing is
-    predicted), and the bound of each donor is the thin line underneath. ``compute_seconds`` is the
-    floor of all, on the device ``compute``. The suffix of ``path`` says what is written: .png,
-    .svg or .html.
+    Predicted points are joined by a line, measured ones are markers (joined where nothing is
+    predicted); the thin line underneath is the donor's bound. ``compute_seconds`` is the floor of
+    all, on the device ``compute``. The suffix of ``path`` is .png, .svg or .html.
 
     Raises:
         FormatError: another suffix.

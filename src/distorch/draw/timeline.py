@@ -17,6 +17,7 @@ __all__ = ["lanes_of", "paint_timeline", "time_entries"]
 
 _LANE_HEIGHT: Final = 0.66
 _LONGEST_NAME: Final = 13
+_THINNEST: Final = 1 / 1400  # of the axis: a pixel
 _UNITS: Final = (("s", 1.0), ("ms", 1e3), ("µs", 1e6))
 _WAITS: Final[dict[str, Any]] = {"facecolor": WAIT_PAPER, "edgecolor": WAIT, "hatch": "//////"}
 _BOUND_LINE: Final[dict[str, Any]] = {
@@ -64,14 +65,14 @@ def paint_timeline(
         bars = _within(timeline.spans, lane, step)
         place = (-number - _LANE_HEIGHT / 2, _LANE_HEIGHT)
         computes = lane == "compute"
-        paint_bars(
-            axes, bars, step, place, facecolors=styles[plan.compute if computes else lane].colour
-        )
+        colour = styles[plan.compute if computes else lane].colour
+        paint_bars(axes, bars, step, place, thinnest=_THINNEST, facecolors=colour)
         device = shown(plan.compute, _LONGEST_NAME)
         name = f"{device} computes" if computes else f"{shown(lane, _LONGEST_NAME)} → {device}"
         labels.append(f"{name}\n{sum(bar.length for bar in bars) / step:.0%} busy")
     waits = _within(timeline.spans, "wait", step)
-    paint_bars(axes, waits, step, (-_LANE_HEIGHT / 2, _LANE_HEIGHT), **_WAITS)
+    place = (-_LANE_HEIGHT / 2, _LANE_HEIGHT)
+    paint_bars(axes, waits, step, place, thinnest=_THINNEST, **_WAITS)
     if plan.prediction is not None:
         axes.axvline(plan.prediction.bound_seconds, zorder=3, **_BOUND_LINE)
     axes.set_ylim(0.5 - len(lanes), 0.5)
