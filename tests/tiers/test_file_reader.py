@@ -381,6 +381,20 @@ def test_a_row_brings_its_own_pages_and_no_more(cold: Path) -> None:
     assert _num_cached(cold) <= FILLING
 
 
+def _noting(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return where direct reads begin, from now on."""
+    begins: list[int] = []
+    preadv = os.preadv
+
+    def watch(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if fd == reader._direct_fd:
+            begins.append(offset)
+        return preadv(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", watch)
+    return begins
+
+
 @pytest.mark.parametrize("way", ["as it comes", "direct", "flag unknown to the kernel"])
 def test_what_is_in_the_page_cache_is_served_from_there(
     way: str, large: Path, monkeypatch: pytest.MonkeyPatch
@@ -388,19 +402,26 @@ def test_what_is_in_the_page_cache_is_served_from_there(
     expected = large.read_bytes()
     if _num_cached(large) < LARGE_BYTES // PAGE:
         pytest.skip("the page cache does not keep a file that was just read")
-    direct_reads: list[int] = []
-    preadv = os.preadv
-
-    def watch(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if fd == reader._direct_fd:
-            direct_reads.append(offset)
-        return preadv(fd, buffers, offset, flags)
-
     out = bytearray(LARGE_BYTES)
     with _reader(large, way) as reader:
-        if way != "flag unknown to the kernel":
-            monkeypatch.setattr(os, "preadv", watch)
+        direct_reads = _noting(reader, monkeypatch)
         reader.read([(0, memoryview(out))])
     assert out == expected
     assert not direct_reads
     assert _num_cached(large) >= LARGE_BYTES // PAGE
+
+
+def test_a_gap_in_what_is_cached_is_filled(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = large.read_bytes()
+    with _reader(large, "as it comes") as reader:
+        if not reader.cache.has(0, 8 * MIB):
+            pytest.skip("this system does not tell what it caches")
+        direct_reads = _noting(reader, monkeypatch)
+        with large.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 2 * MIB, 2 * MIB, os.POSIX_FADV_DONTNEED)
+        if reader.cache.has(0, 8 * MIB) or not reader.cache.has_most(0, 8 * MIB):
+            pytest.skip("no gap can be made in what this system caches")
+        for _ in range(2):
+            assert _read(reader, [(100, 8 * MIB)]) == [expected[100 : 100 + 8 * MIB]]
+            assert reader.cache.has(0, 8 * MIB)  # from now on it can be used in place
+    assert not direct_reads
