@@ -143,6 +143,42 @@ def forget(paths: Sequence[Path]) -> None:
         )
 
 
+@contextmanager
+def read_ahead(path: Path, kib: int) -> Iterator[str]:
+    """Let the system read so far ahead on the disk under ``path``; 0 leaves it as it is.
+
+    Mapped files are read by it alone. Yields a line that says what it is. Another process puts it
+    back when our end of a pipe closes: so it is put back however we end.
+    """
+    file = _read_ahead_file(path)
+    if file is None:
+        yield "the disk's read-ahead is not known"
+        return
+    own = file.read_text().strip()
+    restore = subprocess.Popen(
+        ["/bin/sh", "-c", 'read _; echo "$0" > "$1"', own, str(file)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for us
+    )
+    try:
+        with suppress(OSError):  # only root may
+            file.write_text(str(kib or own))
+        now = file.read_text().strip()
+        failed = "" if now == str(kib or own) else f"; {kib} cannot be set here"
+        yield f"read-ahead {now} KiB (the machine's own: {own}{failed})"
+    finally:
+        restore.communicate()
+
+
+def _read_ahead_file(path: Path) -> Path | None:
+    """Where the system keeps it; a partition has its disk's."""
+    device = path.stat().st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    files = (at / "queue" / "read_ahead_kb" for at in (folder, folder.parent))
+    return next((file for file in files if file.exists()), None)
+
+
 def write_out(paths: Sequence[Path]) -> None:
     """See files written to disk: only clean pages can be dropped."""
     for path in paths:

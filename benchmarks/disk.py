@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -18,6 +18,7 @@ from common import (
     cached_bytes,
     forget,
     in_turn,
+    read_ahead,
     seconds_of,
     settle,
     torch_threads,
@@ -32,6 +33,7 @@ from distorch.cli.output import show_table
 NUM_ROUNDS = 7
 _NUM_BLOCKS, _SHAPES = 10, ((4096, 8192), (8192, 4096))
 MODEL_BYTES = _NUM_BLOCKS * (64 << 20)
+READ_AHEAD_KIB = 128  # Linux' default: what a machine has that nobody has tuned
 _PASSES = 3  # one after another: a step begins where the last one ended
 _WALKS = 2
 _SEED = 0
@@ -176,9 +178,15 @@ def _folders(count: int) -> Iterator[list[Path]]:
         yield folders
 
 
-def run(num_rounds: int = NUM_ROUNDS) -> Figures:
+def run(num_rounds: int = NUM_ROUNDS, read_ahead_kib: int = READ_AHEAD_KIB) -> Figures:
     """Measure, print, and return the figures."""
-    with torch.no_grad(), torch_threads(1), _folders(3) as folders:
+    with _folders(3) as folders, read_ahead(folders[0], read_ahead_kib) as setting:
+        print(setting)
+        return {"read_ahead": setting, **_measure(folders, num_rounds)}
+
+
+def _measure(folders: Sequence[Path], num_rounds: int) -> Figures:
+    with torch.no_grad(), torch_threads(1):
         ours = Ours(folders[0])
         contenders = [
             Contender("ours", ours.model, begin=ours.fresh),
@@ -190,9 +198,7 @@ def run(num_rounds: int = NUM_ROUNDS) -> Figures:
         x = _input(balanced_rows(resident, median(ours.read_alone() for _ in range(3))))
         expected = resident(x)
         equal = {contender.name: True for contender in contenders}
-        for (
-            contender
-        ) in contenders:  # what is done once, such as learning the order, is not counted
+        for contender in contenders:  # what is done once, such as learning the order
             contender.passes(x)
         rounds = []
         for number in range(num_rounds):

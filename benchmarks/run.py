@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,9 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every figure there.")
     ] = None,
+    read_ahead_kb: Annotated[
+        int, typer.Option(min=0, help="For `disk`: the system's read-ahead; 0 leaves it as it is.")
+    ] = disk.READ_AHEAD_KIB,
 ) -> None:
     """Measure and print tables; no time is ever asserted, since machines differ."""
     wanted = [name.strip() for name in only.split(",") if name.strip()] or list(_BENCHMARKS)
@@ -43,11 +47,12 @@ def main(
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join([*_BENCHMARKS, *_GROUPS])}")
     line = machine_line()
     print(f"{line}, {time.strftime('%Y-%m-%d %H:%M')}")
+    benchmarks = {**_BENCHMARKS, "disk": partial(disk.run, read_ahead_kib=read_ahead_kb)}
     found: Figures = {}
     for name in names:
         print(f"\n{name}: ", end="")
         try:
-            found[name] = _BENCHMARKS[name]()
+            found[name] = benchmarks[name]()
         except MissingExtraError as error:
             print(f"skipped, {error}")
             found[name] = {"skipped": str(error)}
