@@ -39,7 +39,7 @@ from distorch.plan.from_names import profile_from_names, tree_from_names
 from distorch.plan.plan import Plan, gib
 from distorch.plan.planner import make_plan
 from distorch.plan.storage import format_named
-from distorch.simulate import best_plan, timeline
+from distorch.simulate import best_plan, predict, timeline
 
 __all__ = ["HELP", "plan", "read_plan"]
 
@@ -128,6 +128,7 @@ def plan(
     where = Machine.load(machine) if machine else Machine.here()
     if plot is not None:
         check_picture(plot)
+    profile: Profile | None
     if file is None and _is_by_name(name):
         made, profile = _by_name(name, asked, placement, where)
     else:
@@ -135,7 +136,7 @@ def plan(
     if save is not None:
         _save(made, save)
     if plot is not None:
-        draw_plan(made, profile and timeline(made, profile, where), plot)
+        draw_plan(made, timeline(made, profile, where) if profile else None, plot)
     if as_json:
         typer.echo(numbers(made))
     else:
@@ -230,31 +231,26 @@ def _by_file(
         path = find_model(name, bar)
     with open_checkpoint(path) as checkpoint:
         blocks = cut(tree_from_names(checkpoint))
-    machine = _with_room_on_disk(machine, sum(block.nbytes for block in blocks))
-    line = placement.line(sum(block.nbytes for block in blocks), machine)
-    device = placement.compute or line.resolve(0, machine).compute
-    if any(found.device == device for found in machine.computes):
-        dtype = "F32" if device == "cpu" else "BF16"
-        profile = profile_from_names(path.name, blocks, asked.tokens or 1, dtype)
-        return _judged(profile, placement, machine), profile, machine
-    return _unjudged(blocks, placement, machine), None, machine
+    model_bytes = sum(block.nbytes for block in blocks)
+    machine = _with_room_on_disk(machine, model_bytes)
+    made = make_plan(  # as a run of this file does
+        blocks,
+        placement.line(model_bytes, machine),
+        machine,
+        compute=placement.compute,
+        ring_bytes=placement.ring_bytes,
+    )
+    if all(found.device != made.compute for found in machine.computes):
+        return made, None, machine
+    dtype = "F32" if made.compute == "cpu" else "BF16"
+    profile = profile_from_names(path.name, blocks, asked.tokens or 1, dtype)
+    return replace(made, prediction=predict(made, profile, machine)), profile, machine
 
 
 def _judged(profile: Profile, placement: Placement, machine: Machine) -> Plan:
     return best_plan(
         profile,
         placement.line(profile.model_bytes, machine),
-        machine,
-        compute=placement.compute,
-        ring_bytes=placement.ring_bytes,
-    )
-
-
-def _unjudged(blocks: tuple[Block, ...], placement: Placement, machine: Machine) -> Plan:
-    """Place by bytes alone: nobody has said how fast this machine is."""
-    return make_plan(
-        blocks,
-        placement.line(sum(block.nbytes for block in blocks), machine),
         machine,
         compute=placement.compute,
         ring_bytes=placement.ring_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +118,23 @@ class Handle:
 
     ``plan`` is what was decided, ``stats()`` what has happened since. ``source`` is given for a
     model whose weights have never been in memory: a checkpoint's files, which the disk tier reads
-    in place.
+    in place. ``open_stores`` opens a store for each tier of a plan; one's own may stand for a donor.
     """
 
     plan: Plan
 
-    def __init__(self, module: nn.Module, tree: Tree, source: Source | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        tree: Tree,
+        source: Source | None = None,
+        open_stores: Callable[[Plan], dict[str, Store]] | None = None,
+    ) -> None:
         self._module = module
         self._tree = tree
         self._blocks = cut(tree.root)
         self._source = source
+        self._open_stores = open_stores or partial(_stores, in_place=source is not None)
         self._request = Request()
         self._hooks: list[RemovableHandle] = []
         self._brackets: list[Bracket] = []
@@ -187,7 +195,7 @@ class Handle:
                 for weight in self._tree.weights.values()
             }
         )
-        stores = _stores(plan, in_place=self._source is not None)
+        stores = self._open_stores(plan)
         try:
             self._fill(plan, stores, source, progress)
         except BaseException:
@@ -213,7 +221,7 @@ class Handle:
     def _plan(self, request: Request, machine: Machine | None) -> Plan:
         model_bytes = sum(block.nbytes for block in self._blocks)
         machine = _as_seen(
-            machine or Machine.detect(request.folder),
+            machine or Machine.here(request.folder),
             model_bytes,
             in_place=self._source is not None,
             any_tier=request.names_its_devices,

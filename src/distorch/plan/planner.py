@@ -131,8 +131,9 @@ class _Job:
             yield self._plan(device, {}, Ring())
             return
         donors = [tier for tier in self.machine.tiers if tier.name != device]
-        rooms = {tier.name: self._room(tier) for tier in sorted(donors, key=lambda t: t.is_disk)}
-        ways = {name: lanes(self.machine, name, device) for name in rooms}
+        ways = {tier.name: lanes(self.machine, tier.name, device) for tier in donors}
+        donors.sort(key=lambda tier: (tier.is_disk, -min(ways[tier.name].values())))
+        rooms = {tier.name: self._room(tier) for tier in donors}
         visitors = [block for block in self.blocks if not block.looked_up]
         rings = [*self._rings(visitors)]
         sets = [resident_sets(self.blocks, budget_bytes - ring.nbytes) for ring in rings]
