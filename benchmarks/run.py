@@ -11,6 +11,7 @@ from typing import Annotated
 
 import dequantize
 import disk
+import foretold
 import main_job
 import published
 import typer
@@ -25,6 +26,8 @@ _BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "decoding": main_job.decoding,
     "capped": main_job.capped,
     "published": published.run,
+    "foretold": foretold.foretold,
+    "residency": foretold.residency,
 }
 _GROUPS = {"main": ["loading", "decoding", "capped"]}
 _HELP = f"Some of {', '.join([*_BENCHMARKS, *_GROUPS])}, with commas between; all if not given."

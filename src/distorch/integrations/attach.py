@@ -52,9 +52,10 @@ def distribute(
 
     ``allocation`` is a line of the allocation language, such as ``"cpu,64mb;disk,*"`` (default
     ``auto``), or a `Plan` made before; or give ``virtual_vram_gb``, in GiB, and its ``donor``.
-    ``ring`` bounds the slots that streamed blocks visit ("200mb", or bytes). The module computes the same bits as before, in
-    inference; its training is not supported. Weights that rest on disk are written once to a file
-    of ours, in the folder that the line names (``disk:/mnt/nvme``) or the temporary one.
+    ``ring`` bounds the slots that streamed blocks visit ("200mb", or bytes). The module computes
+    the same bits as before, in inference; its training is not supported. Weights that rest on disk
+    are written once to a file of ours, in the folder that the line names (``disk:/mnt/nvme``) or
+    the temporary one.
 
     Raises:
         AllocationError: the line cannot be read or does not fit this machine.
@@ -118,7 +119,7 @@ class Handle:
 
     ``plan`` is what was decided, ``stats()`` what has happened since. ``source`` is given for a
     model whose weights have never been in memory: a checkpoint's files, which the disk tier reads
-    in place. ``open_stores`` opens a store for each tier of a plan; one's own may stand for a donor.
+    in place. ``open_stores`` opens a store for each tier of a plan: another may stand for a donor.
     """
 
     plan: Plan
