@@ -47,7 +47,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def test_the_first_five_lines_are_the_answer() -> None:
     done = invoke("plan", *WAN, "--machine", "rtx4070-12gb")
-    assert done.code == 0, done.output
+    assert done.code == 0, done.err
     names = [line for line in done.out.splitlines() if not line.startswith(" ")]
     wanted = ("fits rtx4070-12gb", "a step takes", "limited by", "host RAM needed", "faster with")
     for name, line in zip(wanted, names, strict=False):
