@@ -176,14 +176,12 @@ class _Run:
         self.trace = False
         self.spans: list[Span] = []
         self._plan = plan
-        self._seconds = seconds
         self._transfers = transfers
         self._overlap = overlap
         self._schedule = self._fresh()
-        self._visits = [
-            placement.kind == "streamed" and not placement.block.looked_up
-            for placement in plan.placements
-        ]
+        visitors = set(plan.streamed_order)
+        self._visits = [(i, i in visitors, each) for i, each in enumerate(seconds)]
+        self._merged = _merged(self._visits)
 
     def _fresh(self) -> Schedule:
         if self._overlap == "none":
@@ -196,9 +194,9 @@ class _Run:
         if self._overlap == "one ahead":
             self._schedule, self._transfers = self._fresh(), self._transfers.fresh()
         self._schedule.begin_step()
-        for index, visits in enumerate(self._visits):
+        for index, visits, seconds in self._visits if self.trace else self._merged:
             slot = self._acquire(index) if visits else None
-            self._pass("compute", index, self.clock + self._seconds[index])
+            self._pass("compute", index, self.clock + seconds)
             if slot is not None:
                 self._schedule.release(slot)
                 self._dispatch()
@@ -239,3 +237,14 @@ class _Run:
     def _note(self, lane: str, block: int, begin: float, end: float) -> None:
         if self.trace and end > begin:
             self.spans.append(Span(lane, block, begin, end))
+
+
+def _merged(visits: Sequence[tuple[int, bool, float]]) -> list[tuple[int, bool, float]]:
+    """The same step, with blocks that rest side by side as one."""
+    merged: list[tuple[int, bool, float]] = []
+    for index, visiting, seconds in visits:
+        if merged and not visiting and not merged[-1][1]:
+            merged[-1] = (merged[-1][0], False, merged[-1][2] + seconds)
+        else:
+            merged.append((index, visiting, seconds))
+    return merged

@@ -46,15 +46,13 @@ def _first(plan: Plan, found: Prediction, machine: Machine) -> Rows:
 
 def _limits(plan: Plan, found: Prediction, machine: Machine) -> str:
     busy = {"compute": found.compute_seconds, **lane_seconds(plan, machine)}
-    limit = busy.pop(found.limited_by)
-    told = {
-        round(seconds, 9): name for name, seconds in reversed(busy.items())
-    }  # a link, not its bus
-    others = [
-        f"{name} busy {seconds / found.predicted_seconds:.0%}"
-        for seconds, name in reversed(told.items())
-        if found.predicted_seconds
-    ]
+    limit = busy[found.limited_by]
+    told = {round(limit, 9)}  # a bus is as busy as its only link: not said twice
+    others = []
+    for name, seconds in busy.items():
+        if round(seconds, 9) not in told:
+            told.add(round(seconds, 9))
+            others.append(f"{name} busy {seconds / found.predicted_seconds:.0%}")
     return "; ".join([f"{found.limited_by} ({_seconds(limit)})", *others])
 
 

@@ -21,7 +21,7 @@ _SMALL_BYTES = 16 << 20
 _SLOTS_IF_SMALL = 4
 _SLOTS_IF_LARGE = 3  # one in use, one ready, one on its way
 _FEWEST_SLOTS = 2
-_SLOTS_TRIED = (2, 3, 4)
+_SLOTS_TRIED = (8, 16, 2, 3, 4)  # many where compute is uneven, few where memory is short
 _KEPT_FREE = 10  # `auto` leaves one part in so many, of all memories but disks, to others
 _MANY_VISITS = 6000  # of blocks, in all the plans that are judged: a second, about
 
@@ -91,7 +91,7 @@ def _best(plans: Iterable[Plan], judge: Judge) -> Plan | None:
         seconds = judge.seconds(plan)
         if seconds < best_seconds:
             best, best_seconds = plan, seconds
-        visits += len(plan.placements)
+        visits += len(plan.streamed_order)
         if seconds <= judge.least_seconds or visits > _MANY_VISITS:
             break
     return best
@@ -110,6 +110,7 @@ class _Job:
     def by_line(self, resolved: Resolved) -> Iterator[Plan]:
         """Plans that a line of amounts allows."""
         budget_bytes = resolved.bytes_on(resolved.compute)
+        room_bytes = self._room(self.machine.tier(resolved.compute)) - self._reserve_bytes
         rest = next((entry.device for entry in self.allocation.entries if entry.rest), None)
         sets: Iterable[Iterable[int]] = [_resident(self.blocks, budget_bytes)]
         if self.judge is not None:
@@ -120,8 +121,9 @@ class _Job:
             visitors = [
                 self.blocks[index] for index in streamed if not self.blocks[index].looked_up
             ]
-            for ring in self._rings(visitors):
-                yield self._plan(resolved.compute, tiers, ring, resolved.notes + notes)
+            for number, ring in enumerate(self._rings(visitors)):
+                if not number or budget_bytes + ring.nbytes <= room_bytes:
+                    yield self._plan(resolved.compute, tiers, ring, resolved.notes + notes)
 
     def auto(self, compute: str | None) -> Iterator[Plan]:
         """Plans that fit what is free, donors chosen by the speed of their links."""
