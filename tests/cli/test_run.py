@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import signal
 import threading
 from pathlib import Path
@@ -133,7 +134,9 @@ def test_the_demo_runs_in_64_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said = done.json
     assert said["text"].strip()
     assert said["bytes_by_tier"]["cpu"] <= 64 << 20
-    foretold = distorch.Plan.from_json(invoke("plan", "demo", *line, "--json").out)
+    foretold = distorch.Plan.from_json(
+        json.dumps(invoke("plan", "demo", *line, "--json").json["plan"])
+    )
     assert foretold.bytes_by_tier == said["bytes_by_tier"]
     path = tmp_path / "distorch" / "models" / "gemma-3-270m-q4_k_m.gguf"
     made = distorch.handle_of(distorch.load(path, line[1])).plan
@@ -145,3 +148,16 @@ def test_the_demo_runs_in_64_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def _where(placement: Placement) -> tuple[int, str]:
     return placement.block.nbytes, placement.tier
+
+
+def test_a_saved_plan_runs_unchanged(llama: Path, tmp_path: Path) -> None:
+    line, file = ("--allocation", "cpu,60kb;disk,*"), tmp_path / "plan.json"
+    assert invoke("plan", llama, *line, "--save", file).code == 0
+    planned = distorch.Plan.from_json(file.read_text())
+    by_line, by_plan = _run(llama, *line), _run(llama, "--plan", file)
+    assert by_plan["text"] == by_line["text"]
+    assert by_plan["bytes_by_tier"] == planned.bytes_by_tier
+    assert by_plan["ring_bytes"] == planned.ring.nbytes
+    both = invoke("run", llama, "--prompt", "w3", "--plan", file, *line)
+    assert both.code == 2
+    assert "--plan" in both.err

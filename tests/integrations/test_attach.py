@@ -21,11 +21,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import distorch
+from distorch.allocation import Allocation
 from distorch.errors import AllocationError, DistorchError, ModelError, StorageError
 from distorch.integrations.attach import Handle
+from distorch.integrations.module_tree import describe
 from distorch.integrations.resting import RestingWeight
 from distorch.machine import Machine, Tier
 from distorch.plan.blocks import cut
+from distorch.plan.plan import Plan
+from distorch.plan.planner import make_plan
 from distorch.tiers.disk import DiskTier
 
 MIB = 1 << 20
@@ -1004,3 +1008,31 @@ def test_progress_ends_at_the_models_bytes(machine: Machine) -> None:
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1] == (handle.plan.model_bytes, handle.plan.model_bytes)
     handle.remove()
+
+
+def test_a_plan_made_before_is_the_plan_that_runs(machine: Machine) -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6))).eval()
+    x = torch.randn(2, 256)
+    with torch.inference_mode():
+        expected = model(x)
+        blocks = cut(describe(model).root)
+        plan = make_plan(blocks, Allocation.parse("cpu,500kb;disk,*"), machine)
+        moved = Plan.from_json(plan.to_json())
+        handle = distorch.distribute(model, moved, machine=machine)
+        assert handle.plan.placements == plan.placements
+        assert handle.plan.ring == plan.ring
+        assert torch.equal(model(x), expected)
+        handle.rebudget("cpu,*", machine=machine)
+        handle.rebudget(moved, machine=machine)
+        assert handle.plan.placements == plan.placements
+        assert torch.equal(model(x), expected)
+        handle.remove()
+
+
+def test_a_plan_of_another_model_is_refused_and_changes_nothing(machine: Machine) -> None:
+    model, other = nn.Linear(256, 256).eval(), nn.Linear(256, 128).eval()
+    plan = make_plan(cut(describe(other).root), Allocation.parse("cpu,0b;disk,*"), machine)
+    with pytest.raises(AllocationError, match="another model"):
+        distorch.distribute(model, plan, machine=machine)
+    with pytest.raises(ModelError):
+        distorch.handle_of(model)

@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+import distorch
+from distorch.allocation import Allocation
 from distorch.errors import MissingExtraError, ModelError
 from distorch.integrations.empty_models import diffusers_model
 from distorch.integrations.families import FAMILIES, profile_family
 from distorch.integrations.module_tree import describe
+from distorch.machine import Compute, Link, Machine, Tier
 from distorch.plan.blocks import cut
 from distorch.plan.cost import Profile
 from distorch.plan.storage import format_named, stored_as
+from distorch.simulate import best_plan
 
 transformers = pytest.importorskip("transformers", reason="builds transformers' models")
 diffusers = pytest.importorskip("diffusers", reason="builds diffusers' models")
@@ -298,3 +302,38 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
         with pytest.raises(MissingExtraError) as caught:
             profile_family(name)
         assert caught.value.hint == f'pip install "distorch[{extra}]"'
+
+
+def test_a_plan_made_from_a_profile_runs_the_model(saved: Saved) -> None:
+    config = {"_class_name": "FluxTransformer2DModel"} | SMALL["FluxTransformer2DModel"]
+    profile = profile_family(saved(config), size="64x64", format="f32")
+    tiers = tuple(
+        Tier(name=name, capacity_bytes=1 << 40, free_bytes=1 << 40) for name in ("cpu", "disk")
+    )
+    machine = Machine(
+        name="test",
+        tiers=tiers,
+        links=(Link(source="disk", target="cpu", bytes_per_second=1e9),),
+        computes=(Compute(device="cpu", flops_per_second={"F32": 1e11}, bytes_per_second=1e10),),
+    )
+    plan = best_plan(profile, Allocation.parse("cpu,25%;disk,*"), machine)
+    model = diffusers.FluxTransformer2DModel(**SMALL["FluxTransformer2DModel"]).eval()
+    dim, tokens = model.config.in_channels, 16
+    given = {
+        "hidden_states": torch.randn(1, tokens, dim),
+        "encoder_hidden_states": torch.randn(1, 8, 256),
+        "pooled_projections": torch.randn(1, 64),
+        "timestep": torch.ones(1),
+        "guidance": torch.ones(1),
+        "img_ids": torch.zeros(tokens, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    with torch.inference_mode():
+        expected = model(**given).sample
+        handle = distorch.distribute(model, plan, machine=machine)
+        assert {p.block.name: p.tier for p in handle.plan.placements} == {
+            p.block.name: p.tier for p in plan.placements
+        }
+        assert torch.equal(model(**given).sample, expected)
+        assert handle.stats().num_unplanned == 0
+        handle.remove()

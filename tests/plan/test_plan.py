@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distorch.errors import FormatError
-from distorch.plan.plan import Plan, gib
+from distorch.errors import AllocationError, FormatError
+from distorch.plan.plan import Plan, Prediction, gib
 from tests.plan_strategies import GIB, MIB, equal_blocks, plans, streaming_plan
 
 SCALARS = st.one_of(
@@ -87,7 +89,7 @@ def test_any_other_text_is_a_format_error_or_a_plan(text: str) -> None:
     _read(text)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated())
 def test_a_plan_that_was_read_can_be_used(text: str) -> None:
     plan = _read(text)
@@ -147,3 +149,70 @@ def test_no_byte_prints_as_nothing(nbytes: int) -> None:
     scale = {"B": 1, "MiB": MIB, "GiB": GIB}[unit]
     assert abs(float(number) * scale - nbytes) <= scale / 10
     assert (float(number) == 0) == (nbytes == 0)
+
+
+def _predicted(plan: Plan) -> Plan:
+    found = Prediction(
+        machine="laptop",
+        predicted_seconds=2.0,
+        bound_seconds=1.0,
+        compute_seconds=0.5,
+        limited_by="cpu->cuda:0",
+        streamed_bytes_by_link={"cpu->cuda:0": 7},
+        host_ram_bytes=8,
+        activation_bytes=9,
+        flops=10,
+    )
+    return replace(plan, prediction=found)
+
+
+@given(plans())
+def test_a_prediction_comes_back_with_its_plan(plan: Plan) -> None:
+    predicted = _predicted(plan)
+    assert Plan.from_json(predicted.to_json()) == predicted
+    assert predicted.prediction is not None
+    assert predicted.prediction.over_bound == 2.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("predicted_seconds", -1),
+        ("bound_seconds", "1"),
+        ("compute_seconds", float("nan")),
+        ("host_ram_bytes", 1.5),
+        ("limited_by", 3),
+        ("streamed_bytes_by_link", {"cpu": -1}),
+        ("streamed_bytes_by_link", 4),
+        ("unknown", 1),
+    ],
+)
+def test_a_prediction_that_cannot_be_is_refused(key: str, value: object) -> None:
+    data = json.loads(_predicted(streaming_plan(equal_blocks(3, MIB), num_slots=2)).to_json())
+    data["prediction"][key] = value
+    with pytest.raises(FormatError):
+        Plan.from_json(json.dumps(data))
+
+
+@given(plans(), st.randoms())
+def test_a_plan_fits_its_own_blocks_in_any_order(plan: Plan, random: Random) -> None:
+    blocks = [placement.block for placement in plan.placements]
+    assert plan.for_blocks(blocks) == plan
+    if len({block.name for block in blocks}) == len(blocks):
+        random.shuffle(blocks)
+        found = plan.for_blocks(blocks)
+        assert {p.block.name: p.tier for p in found.placements} == {
+            p.block.name: p.tier for p in plan.placements
+        }
+
+
+def test_a_plan_fits_blocks_of_other_names_by_place_and_size_and_no_others() -> None:
+    plan = streaming_plan(equal_blocks(3, MIB), num_slots=2, resident=[1])
+    blocks = [
+        replace(block, name=f"other{number}")
+        for number, block in enumerate(placement.block for placement in plan.placements)
+    ]
+    assert [p.tier for p in plan.for_blocks(blocks).placements] == ["disk", "cpu", "disk"]
+    for others in (blocks[:2], equal_blocks(3, 2 * MIB)):
+        with pytest.raises(AllocationError, match="another model"):
+            plan.for_blocks(others)
