@@ -24,7 +24,10 @@ Weights rest in several memories, and each visits the compute device just before
 \b
 Examples:
   distorch run demo --allocation "cpu,64mb;disk,*" --prompt "The capital of France is"
+  distorch plan wan-14b --machine rtx4070-12gb --format fp8
   distorch plan model.gguf --virtual-vram 8 --donor disk
+  distorch bench demo --sweep
+  distorch probe
   distorch inspect model.gguf
 """
 

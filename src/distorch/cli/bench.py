@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from distorch.cli.demo import find_model
+from distorch.cli.demo import find_model, is_checkpoint
 from distorch.cli.measure import measured_sweep
 from distorch.cli.options import (
     BatchOption,
@@ -43,7 +43,6 @@ Examples:
   distorch bench model.gguf --json
 """
 
-_CHECKPOINTS: Final = {".gguf", ".safetensors"}
 _TITLES: Final = ("donor", "offloaded", "a step", "waited", "bound", "E", "limited by")
 
 NameArgument = Annotated[
@@ -88,7 +87,7 @@ def bench(
     if plot is not None:
         check_picture(plot)  # before all the work that it shows
     num_points = points if sweep else None
-    if _is_checkpoint(model):
+    if is_checkpoint(model):
         found = _measured(model, machine, num_points, steps)
     else:
         where = Machine.here() if machine is None else Machine.load(machine)
@@ -103,14 +102,6 @@ def bench(
         typer.echo(json.dumps(found.numbers()))
     else:
         _show(found)
-
-
-def _is_checkpoint(name: str) -> bool:
-    """Whether weights are meant, which can be measured, and not a name or a configuration."""
-    path = Path(name)
-    if path.is_dir():
-        return any(inside.suffix.lower() in _CHECKPOINTS for inside in path.iterdir())
-    return name == "demo" or path.is_file() or path.suffix.lower() in _CHECKPOINTS
 
 
 def _measured(model: str, machine: str | None, num_points: int | None, steps: int) -> Sweep:

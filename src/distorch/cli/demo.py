@@ -18,7 +18,7 @@ from distorch.errors import FormatError, MissingExtraError, StorageError
 from distorch.files import replacing
 from distorch.plan.plan import gib
 
-__all__ = ["demo_model", "find_model"]
+__all__ = ["demo_model", "find_model", "is_checkpoint"]
 
 _PIECE_BYTES: Final = 1 << 20
 _LICENCE: Final = (
@@ -27,6 +27,8 @@ _LICENCE: Final = (
 )
 
 Progress = Callable[[int, int], None]
+_WEIGHTS = {".gguf", ".safetensors"}
+_CONFIGURATIONS = {"config.json", "model_index.json"}
 
 
 def find_model(model: str, bar: Bar) -> Path:
@@ -34,6 +36,20 @@ def find_model(model: str, bar: Bar) -> Path:
     if model == "demo":
         return demo_model(bar.counting("putting the demo model together"))
     return Path(model)
+
+
+def is_checkpoint(model: str) -> bool:
+    """Whether ``model`` names weights, rather than a kind of model or a configuration.
+
+    >>> is_checkpoint("demo"), is_checkpoint("model.gguf"), is_checkpoint("wan-14b")
+    (True, True, False)
+    """
+    path = Path(model)
+    if path.is_dir():
+        inside = list(path.iterdir())
+        has_weights = any(found.suffix.lower() in _WEIGHTS for found in inside)
+        return has_weights or not any(found.name in _CONFIGURATIONS for found in inside)
+    return model == "demo" or path.is_file() or path.suffix.lower() in _WEIGHTS
 
 
 def demo_model(progress: Progress) -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from distorch.cli.answer import answer, difference, numbers
-from distorch.cli.demo import find_model
+from distorch.cli.demo import find_model, is_checkpoint
 from distorch.cli.options import (
     AllocationOption,
     BatchOption,
@@ -79,7 +79,6 @@ PlotOption = Annotated[
 DiffOption = Annotated[
     tuple[Path, Path] | None, typer.Option(metavar="FILE FILE", help="Compare two saved plans.")
 ]
-_CHECKPOINTS = {".gguf", ".safetensors"}
 _SMALLER = ("fp8", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
 
 
@@ -129,7 +128,7 @@ def plan(
     if plot is not None:
         check_picture(plot)
     profile: Profile | None
-    if file is None and _is_by_name(name):
+    if file is None and not is_checkpoint(name):
         made, profile = _by_name(name, asked, placement, where)
     else:
         made, profile, where = _by_file(name, asked, placement, where)
@@ -157,14 +156,6 @@ def read_plan(path: Path) -> Plan:
             f"the plan {path} cannot be read: {error.strerror}",
             hint="distorch plan MODEL --save plan.json",
         ) from error
-
-
-def _is_by_name(name: str) -> bool:
-    """Whether a model is meant by its name or configuration, not by its weights."""
-    path = Path(name)
-    if path.is_dir():
-        return not any(found.suffix in _CHECKPOINTS for found in path.iterdir())
-    return name != "demo" and not path.exists() and path.suffix.lower() not in _CHECKPOINTS
 
 
 def _by_name(
