@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from distorch.allocation import Allocation, Resolved
-from distorch.errors import AllocationError
+from distorch.errors import AllocationError, MachineError
 from distorch.machine import Machine, Tier
 from distorch.plan.blocks import Block
 from distorch.plan.cost import lanes
 from distorch.plan.plan import Placement, Plan, Ring, gib
+from distorch.plan.rings import rings, usual_ring
 from distorch.plan.search import TINY_BYTES, deal, resident_sets, shares_by_speed, spread
 
 __all__ = ["Judge", "check_room", "make_plan"]
 
-_SMALL_BYTES = 16 << 20
-_SLOTS_IF_SMALL = 4
-_SLOTS_IF_LARGE = 3  # one in use, one ready, one on its way
-_FEWEST_SLOTS = 2
-_SLOTS_TRIED = (8, 16, 2, 3, 4)  # many where compute is uneven, few where memory is short
 _KEPT_FREE = 10  # `auto` leaves one part in so many, of all memories but disks, to others
 _MANY_VISITS = 6000  # of blocks, in all the plans that are judged: a second, about
 
@@ -116,12 +113,15 @@ class _Job:
         if self.judge is not None:
             sets = resident_sets(self.blocks, budget_bytes)
         for resident in sets:
-            streamed = [index for index in range(len(self.blocks)) if index not in set(resident)]
+            kept = set(resident)
+            streamed = [index for index in range(len(self.blocks)) if index not in kept]
             tiers, notes = _deal(self.blocks, streamed, resolved, rest)
             visitors = [
                 self.blocks[index] for index in streamed if not self.blocks[index].looked_up
             ]
-            for number, ring in enumerate(self._rings(visitors)):
+            for number, ring in enumerate(
+                rings(visitors, self.ring_bytes, several=self.judge is not None)
+            ):
                 if not number or budget_bytes + ring.nbytes <= room_bytes:
                     yield self._plan(resolved.compute, tiers, ring, resolved.notes + notes)
 
@@ -132,19 +132,28 @@ class _Job:
         if sum(block.nbytes for block in self.blocks) <= budget_bytes:
             yield self._plan(device, {}, Ring())
             return
-        donors = [tier for tier in self.machine.tiers if tier.name != device]
-        ways = {tier.name: lanes(self.machine, tier.name, device) for tier in donors}
+        ways = self._ways(device)
+        donors = [tier for tier in self.machine.tiers if tier.name in ways]
         donors.sort(key=lambda tier: (tier.is_disk, -min(ways[tier.name].values())))
         rooms = {tier.name: self._room(tier) for tier in donors}
         visitors = [block for block in self.blocks if not block.looked_up]
-        rings = [*self._rings(visitors)]
-        sets = [resident_sets(self.blocks, budget_bytes - ring.nbytes) for ring in rings]
+        tried = [*rings(visitors, self.ring_bytes, several=self.judge is not None)]
+        sets = [resident_sets(self.blocks, budget_bytes - ring.nbytes) for ring in tried]
         for residents in zip_longest(*sets):  # the likeliest of each ring first
-            for most, resident in zip(rings, residents, strict=True):
+            for most, resident in zip(tried, residents, strict=True):
                 for tiers in () if resident is None else self._deals(resident, rooms, ways):
                     moved = [self.blocks[i] for i in tiers if not self.blocks[i].looked_up]
-                    ring = replace(_ring(moved, None), num_slots=min(most.num_slots, len(moved)))
+                    ring = replace(usual_ring(moved), num_slots=min(most.num_slots, len(moved)))
                     yield self._plan(device, tiers, ring)
+
+    def _ways(self, device: str) -> dict[str, Mapping[str, float]]:
+        """What the bytes of each donor cross; a memory without a link to the device is none."""
+        ways: dict[str, Mapping[str, float]] = {}
+        for tier in self.machine.tiers:
+            if tier.name != device:
+                with suppress(MachineError):
+                    ways[tier.name] = lanes(self.machine, tier.name, device)
+        return ways
 
     def _deals(
         self,
@@ -186,17 +195,6 @@ class _Job:
         free_bytes = tier.free_bytes
         return free_bytes if tier.is_disk else free_bytes * (_KEPT_FREE - 1) // _KEPT_FREE
 
-    def _rings(self, visitors: Sequence[Block]) -> Iterator[Ring]:
-        """The rings to try, the usual one first."""
-        usual = _ring(visitors, self.ring_bytes)
-        yield usual
-        if self.judge is not None and self.ring_bytes is None:
-            more = _held_at_once(visitors)
-            for num_slots in _SLOTS_TRIED:
-                ring = replace(usual, num_slots=min(num_slots + more, max(len(visitors), 2)))
-                if visitors and ring != usual:
-                    yield ring
-
     def _plan(
         self, compute: str, tiers: dict[int, str], ring: Ring, notes: tuple[str, ...] = ()
     ) -> Plan:
@@ -226,11 +224,8 @@ def check_room(plan: Plan, machine: Machine, reserve_bytes: int = 0) -> None:
         if over_bytes > 0:
             what = "whole blocks"
             if name == plan.compute:
-                what = (
-                    "its weights, the ring and activations"
-                    if reserve_bytes
-                    else ("its weights and the ring")
-                )
+                what = "its weights and the ring"
+                what += ", and activations," if reserve_bytes else ""
             raise AllocationError(
                 f"{what} need {gib(over_bytes)} more than {name} has free",
                 hint=f"an amount for {name} that is smaller by {over_bytes}b",
@@ -291,36 +286,3 @@ def _deal(
     over = held[last] - shares[last]
     note = f"{last} holds {gib(over)} more than its share: blocks are whole"
     return tiers, (note,) if over > 0 and last != rest else ()
-
-
-def _ring(visitors: Sequence[Block], ring_bytes: int | None) -> Ring:
-    """Size the ring: slots for the largest visitor, one more for each block held meanwhile."""
-    if not visitors:
-        return Ring()
-    largest = max(visitors, key=lambda block: block.nbytes)
-    slot_bytes = largest.slot_bytes
-    fewest = _FEWEST_SLOTS + _held_at_once(visitors)
-    if ring_bytes is None:
-        wanted = _SLOTS_IF_SMALL if largest.nbytes <= _SMALL_BYTES else _SLOTS_IF_LARGE
-        num_slots = wanted + _held_at_once(visitors)
-    else:
-        num_slots = ring_bytes // slot_bytes
-        if num_slots < fewest:
-            raise AllocationError(
-                f"a ring of {gib(ring_bytes)} cannot hold {fewest} slots of {gib(slot_bytes)} "
-                f"for the largest block ({largest.name})",
-                hint=f'ring="{fewest * slot_bytes}b", or more weights at rest',
-            )
-    return Ring(num_slots=min(num_slots, max(len(visitors), fewest)), slot_bytes=slot_bytes)
-
-
-def _held_at_once(visitors: Sequence[Block]) -> int:
-    """How many more blocks a module may find held: its own other ones, and those around it."""
-    counts = Counter(block.module for block in visitors if block.module is not None)
-    return max((_held_around(name, counts) for name in counts), default=0)
-
-
-def _held_around(name: str, counts: Counter[str]) -> int:
-    parts = name.split(".")
-    around = {".".join(parts[:end]) for end in range(len(parts))}  # "" is the whole model
-    return counts[name] - 1 + sum(counts[outer] for outer in around if outer != name)

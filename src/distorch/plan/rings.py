@@ -1,0 +1,67 @@
+"""Sizes the ring that streamed blocks visit: pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from distorch.errors import AllocationError
+from distorch.plan.blocks import Block
+from distorch.plan.plan import Ring, gib
+
+__all__ = ["rings", "usual_ring"]
+
+_SMALL_BYTES = 16 << 20
+_SLOTS_IF_SMALL = 4
+_SLOTS_IF_LARGE = 3  # one in use, one ready, one on its way
+_FEWEST_SLOTS = 2
+_SLOTS_TRIED = (8, 16, 2, 3, 4)
+
+
+def rings(visitors: Sequence[Block], ring_bytes: int | None, *, several: bool) -> Iterator[Ring]:
+    """Yield the usual ring; then, if ``several`` may be tried and none is asked for, others.
+
+    Many slots help where compute is uneven, few where memory is short.
+    """
+    usual = usual_ring(visitors, ring_bytes)
+    yield usual
+    if several and visitors and ring_bytes is None:
+        more = _held_at_once(visitors)
+        for num_slots in _SLOTS_TRIED:
+            ring = replace(usual, num_slots=min(num_slots + more, max(len(visitors), 2)))
+            if ring != usual:
+                yield ring
+
+
+def usual_ring(visitors: Sequence[Block], ring_bytes: int | None = None) -> Ring:
+    """Size the ring: slots for the largest visitor, one more for each block held meanwhile."""
+    if not visitors:
+        return Ring()
+    largest = max(visitors, key=lambda block: block.nbytes)
+    slot_bytes = largest.slot_bytes
+    fewest = _FEWEST_SLOTS + _held_at_once(visitors)
+    if ring_bytes is None:
+        wanted = _SLOTS_IF_SMALL if largest.nbytes <= _SMALL_BYTES else _SLOTS_IF_LARGE
+        num_slots = wanted + _held_at_once(visitors)
+    else:
+        num_slots = ring_bytes // slot_bytes
+        if num_slots < fewest:
+            raise AllocationError(
+                f"a ring of {gib(ring_bytes)} cannot hold {fewest} slots of {gib(slot_bytes)} "
+                f"for the largest block ({largest.name})",
+                hint=f'ring="{fewest * slot_bytes}b", or more weights at rest',
+            )
+    return Ring(num_slots=min(num_slots, max(len(visitors), fewest)), slot_bytes=slot_bytes)
+
+
+def _held_at_once(visitors: Sequence[Block]) -> int:
+    """How many more blocks a module may find held: its own other ones, and those around it."""
+    counts = Counter(block.module for block in visitors if block.module is not None)
+    return max((_held_around(name, counts) for name in counts), default=0)
+
+
+def _held_around(name: str, counts: Counter[str]) -> int:
+    parts = name.split(".")
+    around = {".".join(parts[:end]) for end in range(len(parts))}  # "" is the whole model
+    return counts[name] - 1 + sum(counts[outer] for outer in around if outer != name)
