@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distorch.errors import MachineError
+from distorch.allocation import Allocation
+from distorch.errors import AllocationError, MachineError
 from distorch.machine import Link, Machine
 from distorch.plan.cost import Profile, block_seconds
 from distorch.plan.plan import Placement, Plan, Ring
-from distorch.simulate import Timeline, predict, simulate
+from distorch.simulate import Timeline, best_plan, predict, simulate
 from tests.cost_strategies import MIB, machine_of, profile_of, profiles, speeds
 
 CLOSE = 1e-9
@@ -135,3 +137,17 @@ def test_a_donor_without_a_link_is_refused() -> None:
     alone = Machine(name="alone", tiers=machine.tiers, computes=machine.computes)
     with pytest.raises(MachineError):
         played(profile, streamed(profile, num_slots=2), alone)
+
+
+def test_host_memory_must_hold_its_weights_and_what_is_on_its_way_from_disk() -> None:
+    profile = profile_of([MIB] * 8, [0.0] * 8)
+    free = {"cuda:0": 1 << 40, "cpu": 4 * MIB, "disk": 1 << 40}
+    base = machine_of({"cpu": 1e9, "disk": 1e9}, free=free)
+    links = (base.link("cpu", "cuda:0"), Link(source="disk", target="cpu", bytes_per_second=1e9))
+    machine = replace(base, links=links)
+    line = Allocation.parse("cuda:0,0b;cpu,4mb;disk,*")
+    with pytest.raises(AllocationError, match="host RAM"):
+        best_plan(profile, line, machine)
+    found = best_plan(profile, Allocation.parse("cuda:0,0b;cpu,1mb;disk,*"), machine).prediction
+    assert found is not None
+    assert found.host_ram_bytes <= 4 * MIB

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from distorch.allocation import Allocation
+from distorch.errors import AllocationError
 from distorch.machine import Machine
 from distorch.plan.cost import Profile, block_seconds, bound, steady_bytes
-from distorch.plan.plan import Plan, Prediction
+from distorch.plan.plan import Plan, Prediction, gib
 from distorch.plan.planner import Judge, make_plan
 from distorch.run.schedule import Schedule
 from distorch.transfers import Transfer, Transfers
@@ -103,7 +104,20 @@ def best_plan(
     plan = make_plan(
         profile.blocks, allocation, machine, compute=compute, ring_bytes=ring_bytes, judge=judge
     )
-    return replace(plan, prediction=predict(plan, profile, machine))
+    found = predict(plan, profile, machine)
+    _check_host(found, machine)
+    return replace(plan, prediction=found)
+
+
+def _check_host(found: Prediction, machine: Machine) -> None:
+    """Refuse what weights and all that passes through host RAM add to more than is free there."""
+    free_bytes = next((tier.free_bytes for tier in machine.tiers if tier.name == "cpu"), None)
+    if free_bytes is not None and found.host_ram_bytes > free_bytes:
+        raise AllocationError(
+            f"{gib(found.host_ram_bytes)} of host RAM are needed, weights and what is on its way, "
+            f"and {gib(free_bytes)} are free",
+            hint=f"an amount for cpu that is smaller by {found.host_ram_bytes - free_bytes}b",
+        )
 
 
 def timeline(plan: Plan, profile: Profile, machine: Machine) -> Timeline:

@@ -127,7 +127,7 @@ def test_a_difference_names_what_moved(tmp_path: Path) -> None:
             )
             for number, (part, tier) in enumerate(zip(parts, tiers, strict=True))
         )
-        ring = Ring(num_slots=2, slot_bytes=64)
+        ring = Ring(num_slots=2, slot_bytes=placements[0].block.slot_bytes)
         plan = Plan(compute="cpu", allocation="cpu,64b;disk,*", placements=placements, ring=ring)
         path = tmp_path / name
         path.write_text(plan.to_json())

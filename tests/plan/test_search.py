@@ -272,3 +272,15 @@ def test_a_large_model_over_many_donors_is_planned_soon() -> None:
         profile.blocks, Allocation.parse("auto"), machine, judge=replace(judge, seconds=count)
     )
     assert len(judged) <= 4  # each takes about a tenth of a second
+
+
+@settings(max_examples=300, deadline=None)
+@given(profiles(), st.integers(0, 640), speeds)
+def test_beside_a_line_the_ring_stays_small(
+    profile: Profile, budget_mib: int, speed: float
+) -> None:
+    line = f"cuda:0,{budget_mib}mb;cpu,*"
+    usual = make_plan(profile.blocks, Allocation.parse(line), machine_of({"cpu": speed})).ring
+    plan = planned(profile, line, machine_of({"cpu": speed}))
+    largest_usual = max(usual.num_slots, 4) * plan.ring.slot_bytes
+    assert plan.ring.nbytes <= max(largest_usual, profile.model_bytes // 8)

@@ -28,12 +28,10 @@ def answer(plan: Plan, machine: Machine) -> Rows:
 
 
 def _first(plan: Plan, found: Prediction, machine: Machine) -> Rows:
-    places = [
-        f"{gib(nbytes)} on {name} (of {gib(machine.tier(name).free_bytes)} free)"
-        for name, nbytes in plan.bytes_by_tier.items()
-    ]
+    free = {name: machine.tier(name).free_bytes for name in (*plan.bytes_by_tier, "cpu")}
+    places = [f"{gib(n)} of {gib(free[name])} on {name}" for name, n in plan.bytes_by_tier.items()]
     step = f"{_seconds(found.predicted_seconds)}, {found.over_bound:.2f} x the bound"
-    host = f"{gib(found.host_ram_bytes)} of {gib(machine.tier('cpu').free_bytes)} free"
+    host = f"{gib(found.host_ram_bytes)} of {gib(free['cpu'])} that are free"
     return [
         (f"fits {machine.name}", ", ".join(places)),
         ("a step takes", step),

@@ -216,9 +216,9 @@ def _check(plan: Plan) -> None:
         raise ValueError("a size is not a whole number from 0 up")
     if any(type(text) is not str for text in texts):
         raise ValueError("a name is not text")
-    largest = max((plan.placements[i].block.nbytes for i in plan.streamed_order), default=0)
+    largest = max((plan.placements[i].block.slot_bytes for i in plan.streamed_order), default=0)
     if largest and (plan.ring.num_slots < 1 or plan.ring.slot_bytes < largest):
-        raise ValueError(f"slots of {plan.ring.slot_bytes} bytes, and a block of {largest}")
+        raise ValueError(f"slots of {plan.ring.slot_bytes} bytes, and a block needs {largest}")
 
 
 def _size(block: Block) -> tuple[int, bool]:

@@ -20,6 +20,7 @@ from distorch.plan.search import TINY_BYTES, deal, resident_sets, shares_by_spee
 __all__ = ["Judge", "check_room", "make_plan"]
 
 _KEPT_FREE = 10  # `auto` leaves one part in so many, of all memories but disks, to others
+_RING_PART = 8  # beside a line's amount, a ring may take one part in so many of the model
 _MANY_VISITS = 6000  # of blocks, in all the plans that are judged: a second, about
 
 
@@ -108,6 +109,7 @@ class _Job:
         """Plans that a line of amounts allows."""
         budget_bytes = resolved.bytes_on(resolved.compute)
         room_bytes = self._room(self.machine.tier(resolved.compute)) - self._reserve_bytes
+        most_bytes = min(room_bytes - budget_bytes, self._model_bytes // _RING_PART)
         rest = next((entry.device for entry in self.allocation.entries if entry.rest), None)
         sets: Iterable[Iterable[int]] = [_resident(self.blocks, budget_bytes)]
         if self.judge is not None:
@@ -119,17 +121,16 @@ class _Job:
             visitors = [
                 self.blocks[index] for index in streamed if not self.blocks[index].looked_up
             ]
-            for number, ring in enumerate(
-                rings(visitors, self.ring_bytes, several=self.judge is not None)
-            ):
-                if not number or budget_bytes + ring.nbytes <= room_bytes:
+            tried = rings(visitors, self.ring_bytes, several=self.judge is not None)
+            for number, ring in enumerate(tried):
+                if not number or ring.nbytes <= most_bytes:
                     yield self._plan(resolved.compute, tiers, ring, resolved.notes + notes)
 
     def auto(self, compute: str | None) -> Iterator[Plan]:
         """Plans that fit what is free, donors chosen by the speed of their links."""
         device = self.allocation.resolve(0, self.machine, compute).compute
         budget_bytes = self._room(self.machine.tier(device)) - self._reserve_bytes
-        if sum(block.nbytes for block in self.blocks) <= budget_bytes:
+        if self._model_bytes <= budget_bytes:
             yield self._plan(device, {}, Ring())
             return
         ways = self._ways(device)
@@ -176,16 +177,19 @@ class _Job:
     def too_small(self, compute: str | None) -> AllocationError:
         """Say what is missing on a machine that cannot hold the model."""
         device = self.allocation.resolve(0, self.machine, compute).compute
-        model_bytes = sum(block.nbytes for block in self.blocks)
         rooms = {tier.name: self._room(tier) for tier in self.machine.tiers}
         rooms[device] = max(0, rooms[device] - self._reserve_bytes)
         listed = ", ".join(f"{gib(room)} on {name}" for name, room in rooms.items())
         return AllocationError(
-            f"the model needs {gib(model_bytes)}, and activations {gib(self._reserve_bytes)} on "
-            f"{device}; machine '{self.machine.name}' has room for {listed}",
+            f"the model needs {gib(self._model_bytes)}, and activations {gib(self._reserve_bytes)} "
+            f"on {device}; machine '{self.machine.name}' has room for {listed}",
             hint=f"at most {gib(sum(rooms.values()))} of weights fit: a smaller format, a smaller "
             "size, or more memory",
         )
+
+    @property
+    def _model_bytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
 
     @property
     def _reserve_bytes(self) -> int:
