@@ -29,9 +29,9 @@ def answer(plan: Plan, machine: Machine) -> Rows:
 
 def _first(plan: Plan, found: Prediction, machine: Machine) -> Rows:
     free = {name: machine.tier(name).free_bytes for name in (*plan.bytes_by_tier, "cpu")}
-    places = [f"{gib(n)} of {gib(free[name])} on {name}" for name, n in plan.bytes_by_tier.items()]
+    places = [f"{_of(n, free[name])} on {name}" for name, n in plan.bytes_by_tier.items()]
     step = f"{_seconds(found.predicted_seconds)}, {found.over_bound:.2f} x the bound"
-    host = f"{gib(found.host_ram_bytes)} of {gib(free['cpu'])} that are free"
+    host = f"{_of(found.host_ram_bytes, free['cpu'])} that are free"
     return [
         (f"fits {machine.name}", ", ".join(places)),
         ("a step takes", step),
@@ -68,6 +68,13 @@ def _advice(plan: Plan, found: Prediction, machine: Machine) -> str:
         if hidden > 0
         else f"more of {plan.compute} for weights, or a faster link"
     )
+
+
+def _of(nbytes: int, free_bytes: int) -> str:
+    """Write ``1.00 of 2.00 GiB``, or both units where they differ."""
+    part, unit = gib(nbytes).split()
+    whole = gib(free_bytes)
+    return f"{part} of {whole}" if whole.endswith(unit) else f"{part} {unit} of {whole}"
 
 
 def _seconds(seconds: float) -> str:
