@@ -211,3 +211,40 @@ def distorch_plan(row: Row) -> Plan:
 def distorch(row: Row, plan: Plan, copies: Copies = OURS) -> float:
     """Return the seconds per iteration that our own plan and schedule are predicted to take."""
     return simulate(plan, _pass_seconds(row), machine(row, copies)).step_seconds * row.passes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A published row, and what our simulator says of it; seconds per iteration.
+
+    ``schedule`` is our plan and schedule with the original's copies, ``distorch`` with our own:
+    pinned memory, weights as they are stored.
+    """
+
+    row: Row
+    base: float
+    reproduced: float
+    schedule: float
+    distorch: float
+
+    @property
+    def error(self) -> float:
+        """How far off the reproduction is, relative to what was published."""
+        return self.reproduced / self.row.seconds - 1
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as published ours is predicted to be."""
+        return self.row.seconds / self.distorch
+
+
+def result(row: Row) -> Result:
+    """Play a row three times."""
+    plan = distorch_plan(row)
+    return Result(
+        row=row,
+        base=base_seconds(row),
+        reproduced=reproduced(row),
+        schedule=distorch(row, plan, ORIGINAL),
+        distorch=distorch(row, plan),
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,10 @@ from multigpu import (
     BARE,
     ORIGINAL,
     Copies,
-    Row,
-    base_seconds,
-    distorch,
-    distorch_plan,
+    Result,
     offloading,
     reproduced,
+    result,
 )
 
 from distorch.cli.output import show_table
@@ -41,43 +39,6 @@ _STEPS = (
     ("all but fp8 as bf16", Copies(pageable=True, staged=True)),
     ("all but pageable", Copies(fp8_as_bf16=True, staged=True)),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """A published row, and what our simulator says of it; seconds per iteration.
-
-    ``schedule`` is our plan and schedule with the original's copies, ``distorch`` with our own:
-    pinned memory, weights as they are stored.
-    """
-
-    row: Row
-    base: float
-    reproduced: float
-    schedule: float
-    distorch: float
-
-    @property
-    def error(self) -> float:
-        """How far off the reproduction is, relative to what was published."""
-        return self.reproduced / self.row.seconds - 1
-
-    @property
-    def speedup(self) -> float:
-        """How many times as fast as published ours is predicted to be."""
-        return self.row.seconds / self.distorch
-
-
-def result(row: Row) -> Result:
-    """Play a row three times."""
-    plan = distorch_plan(row)
-    return Result(
-        row=row,
-        base=base_seconds(row),
-        reproduced=reproduced(row),
-        schedule=distorch(row, plan, ORIGINAL),
-        distorch=distorch(row, plan),
-    )
 
 
 def errors(copies: Copies = ORIGINAL) -> list[float]:

@@ -7,13 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multigpu import CARD_BYTES
+from multigpu import CARD_BYTES, Result
 
 from distorch.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from published import Result
 
 _GIB = 1 << 30
 _SIZE_INCHES = (12.0, 7.2)

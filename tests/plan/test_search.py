@@ -126,7 +126,7 @@ def test_a_line_is_never_worse_than_contiguous_nor_than_evenly_spaced(
             assert ours <= simulate(other, seconds, machine).step_seconds * ROUNDING + INSTANT
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(profiles(), st.integers(64, 700), speeds, speeds)
 def test_auto_is_never_worse_than_contiguous_nor_than_evenly_spaced_on_the_host(
     profile: Profile, room_mib: int, host: float, peer: float
@@ -274,7 +274,7 @@ def test_a_large_model_over_many_donors_is_planned_soon() -> None:
     assert len(judged) <= 4  # each takes about a tenth of a second
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(profiles(), st.integers(0, 640), speeds)
 def test_beside_a_line_the_ring_stays_small(
     profile: Profile, budget_mib: int, speed: float
