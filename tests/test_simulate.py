@@ -141,7 +141,7 @@ def test_a_donor_without_a_link_is_refused() -> None:
 
 def test_host_memory_must_hold_its_weights_and_what_is_on_its_way_from_disk() -> None:
     profile = profile_of([MIB] * 8, [0.0] * 8)
-    free = {"cuda:0": 1 << 40, "cpu": 4 * MIB, "disk": 1 << 40}
+    free = {"cuda:0": 1 << 40, "cpu": 6 * MIB, "disk": 1 << 40}
     base = machine_of({"cpu": 1e9, "disk": 1e9}, free=free)
     links = (base.link("cpu", "cuda:0"), Link(source="disk", target="cpu", bytes_per_second=1e9))
     machine = replace(base, links=links)
@@ -150,4 +150,4 @@ def test_host_memory_must_hold_its_weights_and_what_is_on_its_way_from_disk() ->
         best_plan(profile, line, machine)
     found = best_plan(profile, Allocation.parse("cuda:0,0b;cpu,1mb;disk,*"), machine).prediction
     assert found is not None
-    assert found.host_ram_bytes <= 4 * MIB
+    assert found.host_ram_bytes <= 6 * MIB
