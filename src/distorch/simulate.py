@@ -67,7 +67,7 @@ def predict(plan: Plan, profile: Profile, machine: Machine) -> Prediction:
     stages = any(machine.tier(name).is_disk for name in moved)
     return Prediction(
         machine=machine.name,
-        predicted_seconds=found.step_seconds,
+        predicted_seconds=max(found.step_seconds, bound_seconds),  # sums round
         bound_seconds=bound_seconds,
         compute_seconds=sum(seconds),
         limited_by=limited_by,
@@ -171,9 +171,7 @@ def simulate(
         if began < span.end and span.begin < began + step_seconds
     )
     return Timeline(
-        step_seconds=max(
-            step_seconds, bound(plan, seconds, machine)[0] if overlap == "ring" else 0
-        ),
+        step_seconds=step_seconds,
         waited_seconds=(run.waited - waited) / _STEPS,
         spans=tuple(sorted(shown, key=lambda span: (span.lane, span.begin))),
     )

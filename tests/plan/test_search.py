@@ -185,7 +185,9 @@ def test_nothing_is_predicted_below_its_bound(
         assume(False)  # noqa: FBT003  hypothesis' own word
         return
     seconds = block_seconds(profile, machine.compute("cuda:0"))
-    assert simulate(plan, seconds, machine).step_seconds >= bound(plan, seconds, machine)[0]
+    least = bound(plan, seconds, machine)[0]
+    assert simulate(plan, seconds, machine).step_seconds >= least / ROUNDING - INSTANT
+    assert predict(plan, profile, machine).predicted_seconds >= least
 
 
 @settings(deadline=None)
