@@ -93,6 +93,17 @@ def test_a_machine_that_is_too_small_says_what_would_fit(tiny: Path) -> None:
     assert again.code == 0, again.err
 
 
+def test_a_line_of_the_users_own_gets_a_line_that_works() -> None:
+    for option, value, hint in (
+        ("--allocation", "cuda:0,30gb;cpu,*", "cuda:0,"),
+        ("--ring", "10mb", "ring="),
+    ):
+        done = invoke("plan", *WAN, "--machine", "rtx4070-12gb", option, value)
+        assert done.code == 2
+        assert hint in done.err.partition("try:")[2]
+    assert invoke("plan", "flux.1-dev", "--size", "9" * 5000 + "x16").code == 2
+
+
 def test_an_unknown_model_or_machine_is_one_clear_line() -> None:
     for arguments in (("wan-14c",), (*WAN, "--machine", "rtx4070-13gb"), ()):
         done = invoke("plan", *arguments)

@@ -172,7 +172,8 @@ def _by_name(
     try:
         return _judged(profile, placement, machine), profile
     except AllocationError as error:
-        smaller = _smaller(profile, placement, machine)
+        free = placement == Placement(compute=placement.compute)  # no line of the user's own
+        smaller = _smaller(profile, placement, machine) if free else ""
         if not smaller:
             raise
         raise AllocationError(error.problem, hint=smaller) from error

@@ -31,6 +31,7 @@ _VAE_SCALE: Final = 8  # pixels of one latent, each way
 _PATCH: Final = 2  # latents of one token, each way
 _FRAME_SCALE: Final = 4  # frames of one latent after the first
 _WAN_IMAGE_TOKENS: Final = 257  # of the CLIP image encoder, for models that start from an image
+_DIGITS: Final = 6  # of a side in pixels
 _PROMPT_TOKENS: Final = 512  # a language model's step, unless asked otherwise
 
 
@@ -270,8 +271,8 @@ def _size(text: str) -> tuple[int, int]:
     """
     multiple = _VAE_SCALE * _PATCH
     sides = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split("x")
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):  # noqa: PLR2004  two sides
-        raise ModelError(f"{text!r} is no size", hint="width x height in pixels: 1024x1024")
+    if len(sides) != 2 or not all(s.isdecimal() and len(s) <= _DIGITS for s in sides):  # noqa: PLR2004
+        raise ModelError(f"{text[:40]!r} is no size", hint="width x height in pixels: 1024x1024")
     width, height = map(int, sides)
     near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
     if near != [width, height]:
