@@ -12,13 +12,13 @@ demo: $(INSTALLED)  ## text from a language model that does not fit its 64 MB of
 	@.venv/bin/distorch run demo --allocation "cpu,64mb;disk,*" \
 		--prompt "The capital of France is" --max-new-tokens 40
 
-test: $(INSTALLED)  ## all tests; ARGS="-k ring" for some of them
+test:  ## all tests; ARGS="-k ring" for some of them
 	@scripts/test $(ARGS)
 
-check: $(INSTALLED)  ## lint, format, types, spelling
+check:  ## lint, format, types, spelling
 	@scripts/check
 
-bench: $(INSTALLED)  ## the benchmarks, ours beside others; ARGS="..." goes to benchmarks/run.py
+bench:  ## the benchmarks, ours beside others; ARGS="..." goes to benchmarks/run.py
 	@scripts/bench $(ARGS)
 
 clean:  ## remove .venv and everything built

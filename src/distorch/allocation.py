@@ -231,8 +231,7 @@ def _auto_shares(model_bytes: int, machine: Machine, compute: str) -> dict[str, 
     shares = {}
     left_bytes = model_bytes
     for tier in tiers:
-        room_bytes = tier.free_bytes if tier.is_disk else tier.free_bytes * 9 // 10
-        shares[tier.name] = min(left_bytes, room_bytes)
+        shares[tier.name] = min(left_bytes, tier.usable_bytes)
         left_bytes -= shares[tier.name]
     return shares
 

@@ -1036,3 +1036,13 @@ def test_a_plan_of_another_model_is_refused_and_changes_nothing(machine: Machine
         distorch.distribute(model, plan, machine=machine)
     with pytest.raises(ModelError):
         distorch.handle_of(model)
+
+
+@pytest.mark.parametrize("more", [{"ring": "1mb"}, {"compute": "cpu"}, {"virtual_vram_gb": 1}])
+def test_a_plan_with_another_argument_beside_it_is_refused(
+    machine: Machine, more: dict[str, Any]
+) -> None:
+    model = nn.Linear(256, 256).eval()
+    plan = make_plan(cut(describe(model).root), Allocation.parse("cpu,0b;disk,*"), machine)
+    with pytest.raises(AllocationError, match="plan"):
+        distorch.distribute(model, plan, machine=machine, **more)

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from distorch.draw import seconds_text
 from distorch.machine import Machine
 from distorch.plan.cost import lane_seconds
 from distorch.plan.plan import Placement, Plan, Prediction, gib
@@ -15,7 +16,6 @@ __all__ = ["answer", "difference", "numbers"]
 
 _UNKNOWN = "no time is predicted: `distorch probe` measures this machine, --machine names another"
 
-_LONG_SECONDS = 100
 
 Rows = list[tuple[str, str]]
 
@@ -30,7 +30,7 @@ def answer(plan: Plan, machine: Machine) -> Rows:
 def _first(plan: Plan, found: Prediction, machine: Machine) -> Rows:
     free = {name: machine.tier(name).free_bytes for name in (*plan.bytes_by_tier, "cpu")}
     places = [f"{_of(n, free[name])} on {name}" for name, n in plan.bytes_by_tier.items()]
-    step = f"{_seconds(found.predicted_seconds)}, {found.over_bound:.2f} x the bound"
+    step = f"{seconds_text(found.predicted_seconds)}, {found.over_bound:.2f} x the bound"
     host = f"{_of(found.host_ram_bytes, free['cpu'])} that are free"
     return [
         (f"fits {machine.name}", ", ".join(places)),
@@ -51,7 +51,7 @@ def _limits(plan: Plan, found: Prediction, machine: Machine) -> str:
         if round(seconds, 9) not in told:
             told.add(round(seconds, 9))
             others.append(f"{name} busy {seconds / found.predicted_seconds:.0%}")
-    return "; ".join([f"{found.limited_by} ({_seconds(limit)})", *others])
+    return "; ".join([f"{found.limited_by} ({seconds_text(limit)})", *others])
 
 
 def _advice(plan: Plan, found: Prediction, machine: Machine) -> str:
@@ -75,12 +75,6 @@ def _of(nbytes: int, free_bytes: int) -> str:
     part, unit = gib(nbytes).split()
     whole = gib(free_bytes)
     return f"{part} of {whole}" if whole.endswith(unit) else f"{part} {unit} of {whole}"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds >= _LONG_SECONDS:
-        return f"{seconds:,.0f} s"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def numbers(plan: Plan) -> str:
@@ -115,8 +109,8 @@ def difference(before: Plan, after: Plan) -> tuple[Rows, list[tuple[str, ...]]]:
         rows.append((name, f"{gib(one)} -> {gib(other)}"))
     rows.append(("ring", f"{gib(before.ring.nbytes)} -> {gib(after.ring.nbytes)}"))
     if before.prediction and after.prediction:
-        one_step = _seconds(before.prediction.predicted_seconds)
-        rows.append(("a step", f"{one_step} -> {_seconds(after.prediction.predicted_seconds)}"))
+        one_step = seconds_text(before.prediction.predicted_seconds)
+        rows.append(("a step", f"{one_step} -> {seconds_text(after.prediction.predicted_seconds)}"))
     moved = _moved(before, after)
     kinds = Counter(tuple(row[-2:]) for row in moved)
     rows += [("moved", f"{count} blocks {a} -> {b}") for (a, b), count in kinds.items()]

@@ -16,6 +16,8 @@ from distorch.cli.options import (
     FramesOption,
     JsonOption,
     MachineOption,
+    NamedModel,
+    PlotOption,
     SizeOption,
     TokensOption,
 )
@@ -45,14 +47,6 @@ Examples:
 
 _TITLES: Final = ("donor", "offloaded", "a step", "waited", "bound", "E", "limited by")
 
-NameArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A model by name, a configuration, a GGUF file, a safetensors directory, or 'demo'.",
-        show_default=False,
-    ),
-]
 SweepOption = Annotated[
     bool,
     typer.Option("--sweep", help="From nothing to all offloaded; else one step, as auto has it."),
@@ -63,13 +57,10 @@ PointsOption = Annotated[
 StepsOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Steps to measure at each point, of a checkpoint.")
 ]
-PlotOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .html file.")
-]
 
 
 def bench(
-    model: NameArgument,
+    model: Annotated[str, NamedModel],
     *,
     sweep: SweepOption = False,
     machine: MachineOption = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +22,9 @@ __all__ = [
     "JsonOption",
     "MachineOption",
     "ModelArgument",
+    "NamedModel",
     "Placement",
+    "PlotOption",
     "RingOption",
     "SizeOption",
     "TokensOption",
@@ -35,6 +38,14 @@ ModelArgument = Annotated[
         help="A GGUF file, a directory with safetensors, or the word 'demo'.",
         show_default=False,
     ),
+]
+NamedModel = typer.Argument(
+    metavar="MODEL",
+    help="A model by name, a configuration, a GGUF file, a safetensors directory, or 'demo'.",
+    show_default=False,
+)
+PlotOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .html file.")
 ]
 MachineOption = Annotated[
     str | None,

@@ -20,7 +20,9 @@ from distorch.cli.options import (
     FramesOption,
     JsonOption,
     MachineOption,
+    NamedModel,
     Placement,
+    PlotOption,
     RingOption,
     SizeOption,
     TokensOption,
@@ -58,23 +60,12 @@ Examples:
   distorch plan --diff before.json after.json
 """
 
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[MODEL]",
-        help="A model by name, a configuration, a GGUF file, a safetensors directory, or 'demo'.",
-        show_default=False,
-    ),
-]
 FileOption = Annotated[
     str | None,
     typer.Option("--file", metavar="PATH", help="A checkpoint, by its header alone."),
 ]
 SaveOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the plan to this file, as JSON.")
-]
-PlotOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw the plan: a .png, .svg or .html file.")
 ]
 DiffOption = Annotated[
     tuple[Path, Path] | None, typer.Option(metavar="FILE FILE", help="Compare two saved plans.")
@@ -94,7 +85,7 @@ class Workload:
 
 
 def plan(
-    model: ModelArgument = None,
+    model: Annotated[str | None, NamedModel] = None,
     *,
     machine: MachineOption = None,
     allocation: AllocationOption = None,

@@ -24,6 +24,15 @@ class Request:
     compute: str | None = None
     ring: str | int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what a plan says already."""
+        others = (self.virtual_vram_gb, self.donor, self.compute, self.ring)
+        if isinstance(self.allocation, Plan) and any(other is not None for other in others):
+            raise AllocationError(
+                "a plan says all of where the weights rest, and another argument says it too",
+                hint="the plan alone, or a line with them",
+            )
+
     def line(self, model_bytes: int, machine: Machine) -> Allocation:
         """Return the allocation that this asks for, on this machine.
 
@@ -46,8 +55,7 @@ class Request:
             )
         if isinstance(self.allocation, Allocation):
             return self.allocation
-        if isinstance(self.allocation, Plan):
-            return Allocation.parse(self.allocation.allocation)
+        assert not isinstance(self.allocation, Plan), "a plan needs no line"
         return Allocation.parse("auto" if self.allocation is None else self.allocation)
 
     @property

@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 from distorch.allocation import Allocation, Resolved
 from distorch.errors import AllocationError, MachineError
-from distorch.machine import Machine, Tier
+from distorch.machine import Machine
 from distorch.plan.blocks import Block
 from distorch.plan.cost import lanes
 from distorch.plan.plan import Placement, Plan, Ring, gib
@@ -19,7 +19,6 @@ from distorch.plan.search import TINY_BYTES, deal, resident_sets, shares_by_spee
 
 __all__ = ["Judge", "check_room", "make_plan"]
 
-_KEPT_FREE = 10  # `auto` leaves one part in so many, of all memories but disks, to others
 _ROUNDING = 1 + 1e-9
 _RING_PART = 8  # beside a line's amount, a ring may take one part in so many of the model
 _MANY_VISITS = 6000  # of blocks, in all the plans that are judged: a second, about
@@ -57,7 +56,7 @@ def make_plan(
     Raises:
         AllocationError: the line does not fit the machine, or the ring is too small for a block.
 
-    >>> from distorch.machine import Machine, Tier
+    >>> from distorch.machine import Machine
     >>> from distorch.plan.blocks import Part
     >>> tiers = [Tier(name=n, capacity_bytes=1 << 30, free_bytes=1 << 30) for n in ("cpu", "disk")]
     >>> mib = 1 << 20
@@ -109,7 +108,7 @@ class _Job:
     def by_line(self, resolved: Resolved) -> Iterator[Plan]:
         """Plans that a line of amounts allows."""
         budget_bytes = resolved.bytes_on(resolved.compute)
-        room_bytes = self._room(self.machine.tier(resolved.compute)) - self._reserve_bytes
+        room_bytes = self.machine.tier(resolved.compute).usable_bytes - self._reserve_bytes
         most_bytes = min(room_bytes - budget_bytes, self._model_bytes // _RING_PART)
         rest = next((entry.device for entry in self.allocation.entries if entry.rest), None)
         sets: Iterable[Iterable[int]] = [_resident(self.blocks, budget_bytes)]
@@ -130,14 +129,14 @@ class _Job:
     def auto(self, compute: str | None) -> Iterator[Plan]:
         """Plans that fit what is free, donors chosen by the speed of their links."""
         device = self.allocation.resolve(0, self.machine, compute).compute
-        budget_bytes = self._room(self.machine.tier(device)) - self._reserve_bytes
+        budget_bytes = self.machine.tier(device).usable_bytes - self._reserve_bytes
         if self._model_bytes <= budget_bytes:
             yield self._plan(device, {}, Ring())
             return
         ways = self._ways(device)
         donors = [tier for tier in self.machine.tiers if tier.name in ways]
         donors.sort(key=lambda tier: (tier.is_disk, -min(ways[tier.name].values())))
-        rooms = {tier.name: self._room(tier) for tier in donors}
+        rooms = {tier.name: tier.usable_bytes for tier in donors}
         visitors = [block for block in self.blocks if not block.looked_up]
         tried = [*rings(visitors, self.ring_bytes, several=self.judge is not None)]
         sets = [resident_sets(self.blocks, budget_bytes - ring.nbytes) for ring in tried]
@@ -178,7 +177,7 @@ class _Job:
     def too_small(self, compute: str | None) -> AllocationError:
         """Say what is missing on a machine that cannot hold the model."""
         device = self.allocation.resolve(0, self.machine, compute).compute
-        rooms = {tier.name: self._room(tier) for tier in self.machine.tiers}
+        rooms = {tier.name: tier.usable_bytes for tier in self.machine.tiers}
         rooms[device] = max(0, rooms[device] - self._reserve_bytes)
         listed = ", ".join(f"{gib(room)} on {name}" for name, room in rooms.items())
         return AllocationError(
@@ -195,10 +194,6 @@ class _Job:
     @property
     def _reserve_bytes(self) -> int:
         return self.judge.reserve_bytes if self.judge else 0
-
-    def _room(self, tier: Tier) -> int:
-        free_bytes = tier.free_bytes
-        return free_bytes if tier.is_disk else free_bytes * (_KEPT_FREE - 1) // _KEPT_FREE
 
     def _plan(
         self, compute: str, tiers: dict[int, str], ring: Ring, notes: tuple[str, ...] = ()

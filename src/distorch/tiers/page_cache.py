@@ -1,9 +1,9 @@
 """Uses the bytes of a file where they lie when the system holds them in its page cache already.
 
 Copying them would take a core from the compute. A range that is cached is mapped, given out, and
-unmapped when it is released: the pages stay the system's own, to keep or to drop, and the process
-never has more of them than the blocks in use. A page that is dropped meanwhile is read again by
-the system: slower, never wrong.
+unmapped soon after it is released, with its neighbours: the pages stay the system's own, to keep or
+to drop, and the process has those of the blocks in use, and 8 MiB or a block more. A page that is
+dropped meanwhile is read again by the system: slower, never wrong.
 
 ``mincore`` tells what is cached. ``RWF_NOWAIT`` would too, but a read that it refuses starts the
 kernel's read-ahead all the same (measured, Linux 6.18, ext4: 8 MiB refused, 8 MiB in the cache).
