@@ -190,7 +190,7 @@ def test_nothing_is_predicted_below_its_bound(
     assert predict(plan, profile, machine).predicted_seconds >= least
 
 
-@settings(deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.integers(12, 60), speeds, speeds)
 def test_two_donors_on_links_of_their_own_approach_the_sum_of_their_speeds(
     num: int, one: float, other: float
@@ -205,7 +205,7 @@ def test_two_donors_on_links_of_their_own_approach_the_sum_of_their_speeds(
     assert seconds <= sum_of_speeds * (1 + 6 / num) + 8 * MIB / min(one, other)
 
 
-@settings(deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.integers(12, 40), speeds)
 def test_two_donors_on_one_bus_are_no_faster_than_the_bus(num: int, speed: float) -> None:
     profile = profile_of([8 * MIB] * num, [0.0] * num)
