@@ -56,7 +56,7 @@ def make_plan(
     Raises:
         AllocationError: the line does not fit the machine, or the ring is too small for a block.
 
-    >>> from distorch.machine import Machine
+    >>> from distorch.machine import Machine, Tier
     >>> from distorch.plan.blocks import Part
     >>> tiers = [Tier(name=n, capacity_bytes=1 << 30, free_bytes=1 << 30) for n in ("cpu", "disk")]
     >>> mib = 1 << 20
