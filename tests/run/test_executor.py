@@ -382,7 +382,7 @@ def test_nothing_is_allocated_after_the_start(
         raise AssertionError(f"{nbytes} bytes are allocated while a model runs")
 
     with _executor(plan, stores) as executor, monkeypatch.context() as patch:
-        patch.setattr(executor_module, "allocate", refuse)
+        patch.setattr(executor_module, "allocate_pages", refuse)
         patch.setattr(torch, "empty", refuse)
         for _ in range(3):
             _visit(executor, *range(6))

@@ -16,7 +16,8 @@ from distorch.formats import TensorInfo
 from distorch.plan.blocks import Block, Part
 from distorch.tiers import Copied, Destination, Lying, Source, Store
 from distorch.tiers.disk import DiskTier
-from distorch.tiers.host import HostTier, allocate, allocate_pages, view_bytes
+from distorch.tiers.host import HostTier
+from distorch.tiers.memory import allocate, allocate_pages, view_bytes
 from distorch.tiers.null import NullTier
 from distorch.tiers.sources import FileSource
 from tests.plan_strategies import contents, equal_blocks, many_parts, memory_source

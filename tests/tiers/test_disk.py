@@ -17,7 +17,7 @@ from distorch.plan.blocks import Block
 from distorch.tiers import destinations
 from distorch.tiers import disk as disk_module
 from distorch.tiers.disk import DiskTier
-from distorch.tiers.host import allocate_pages, view_bytes
+from distorch.tiers.memory import allocate_pages, view_bytes
 from tests.plan_strategies import MIB, contents, equal_blocks, many_parts, memory_source
 
 if TYPE_CHECKING:

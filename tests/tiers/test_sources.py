@@ -18,7 +18,7 @@ from distorch.errors import StorageError
 from distorch.formats import TensorInfo, open_checkpoint
 from distorch.plan.blocks import SECTOR_BYTES, Block, Node, Part, TensorSpec, cut
 from distorch.tiers.file_reader import FileReader
-from distorch.tiers.host import allocate_pages, view_bytes
+from distorch.tiers.memory import allocate_pages, view_bytes
 from distorch.tiers.sources import FileSource, MemorySource
 from tests.formats.make import Stored, write_safetensors, write_sharded
 

@@ -26,7 +26,8 @@ from distorch.run.executor import Executor
 from distorch.run.stats import Stats
 from distorch.tiers import Source, Store
 from distorch.tiers.disk import DiskTier
-from distorch.tiers.host import HostTier, view_bytes
+from distorch.tiers.host import HostTier
+from distorch.tiers.memory import view_bytes
 from distorch.tiers.sources import MemorySource
 
 __all__ = ["Handle", "Progress", "distribute", "handle_of"]

@@ -16,7 +16,7 @@ from distorch.quant.block_formats import block_format
 from distorch.quant.lazy import LazyWeight
 from distorch.quant.tensor import QuantTensor
 from distorch.run.executor import Executor, Lease
-from distorch.tiers.host import allocate
+from distorch.tiers.memory import allocate
 
 __all__ = ["TORCH_DTYPES", "RestingWeight", "Run", "as_weight"]
 

@@ -16,9 +16,13 @@ from torch import Tensor
 
 from distorch.plan.plan import Placement, Plan
 from distorch.run.readers import Readers
+from distorch.run.slots import open_slots
 from distorch.run.stats import Stats
 from distorch.tiers import Lying, Store
-from distorch.tiers.host import HostTier, allocate, allocate_pages, view_bytes
+from distorch.tiers.accelerator import AcceleratorTier
+from distorch.tiers.host import HostTier
+from distorch.tiers.memory import allocate_pages, view_bytes
+from distorch.tiers.pinned import Pins
 
 __all__ = ["Executor", "Lease"]
 
@@ -70,18 +74,26 @@ class Executor:
     >>> executor.close()
     """
 
-    def __init__(self, plan: Plan, stores: Mapping[str, Store]) -> None:
+    def __init__(
+        self, plan: Plan, stores: Mapping[str, Store], pins: Pins | None = None
+    ) -> None:
         self.plan = plan
-        self.ring = allocate_pages(plan.ring.nbytes)
-        size = plan.ring.slot_bytes
-        self._slots = [self.ring[i * size : (i + 1) * size] for i in range(plan.ring.num_slots)]
+        self.device = torch.device(plan.compute)
         self._stores = stores
-        self._resident = stores[plan.compute]
+        resident = stores[plan.compute]
+        assert isinstance(resident, HostTier | AcceleratorTier), "resident blocks are in memory"
+        self._resident = resident
         planned_bytes = plan.bytes_by_tier[plan.compute]
         assert self._resident.nbytes <= planned_bytes, "more rests on the device than planned"
-        self._readers = Readers(plan, stores, [view_bytes(slot) for slot in self._slots])
+        self._slots = open_slots(plan.ring, plan.compute, pins or Pins(self.device.type))
+        self._readers = Readers(plan, stores, self._slots)
         self._finalizer = weakref.finalize(self, self._readers.close)
         self._step_began: float | None = None
+
+    @property
+    def ring(self) -> Tensor:
+        """The memory of all slots, flat."""
+        return self._slots.memory
 
     @property
     def weight_bytes(self) -> int:
@@ -98,28 +110,30 @@ class Executor:
         self._readers.check_open()
         placement = self.plan.placements[block]
         if placement.kind == "resident":
-            assert isinstance(self._resident, HostTier), "resident blocks rest in host memory"
             memory = self._resident.memory(placement.block)
             return Lease(placement, memory, placement.block.offsets)
         if placement.block.looked_up:
             return self._read_once(placement)
+        self._slots.approach()
         slot, lies_ready = self._readers.take(block)
         # A graph that saved this slot's earlier contents must not run backward on other bytes.
         torch.autograd.graph.increment_version(self.ring)
         try:
+            self._slots.enter(slot)
             store = self._stores[placement.tier]
             offsets = store.offsets(placement.block)
             lying = store.view(placement.block) if lies_ready else ()
         except BaseException as error:
             self._readers.give_back(slot)
             raise self._readers.failure(block, error) from error
-        return Lease(placement, self._slots[slot], offsets, slot, lying)
+        return Lease(placement, self._slots.slot(slot), offsets, slot, lying)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back: its slot may be written again."""
         if lease.lying:
             self._stores[lease.placement.tier].forget(lease.placement.block)
         if lease.slot is not None:
+            self._slots.leave(lease.slot)
             self._readers.give_back(lease.slot)
 
     def read_rows(self, block: int, rows: list[int], out: Tensor) -> None:
@@ -136,12 +150,14 @@ class Executor:
     def begin_step(self) -> None:
         """Say that a forward pass begins."""
         self._step_began = time.perf_counter()
+        self._slots.begin_step()
         self._readers.begin_step()
 
     def end_step(self, *, complete: bool) -> None:
         """Say that it has ended; only a complete one teaches the order."""
         if self._step_began is not None:
             seconds = time.perf_counter() - self._step_began
+            self._slots.end_step(complete=complete)
             self._readers.end_step(seconds if complete else None)
         self._step_began = None
 
@@ -152,8 +168,6 @@ class Executor:
     def close(self) -> None:
         """Stop the readers and let go of every block, slot and file."""
         self._finalizer()
-        self._slots = []
-        self.ring = allocate(0)
 
     def _read_once(self, placement: Placement) -> Lease:
         """Read a block that no schedule brings into memory of its own."""
@@ -161,4 +175,4 @@ class Executor:
         store = self._stores[placement.tier]
         store.read(placement.block, view_bytes(memory))
         self._readers.count_unplanned()
-        return Lease(placement, memory, store.offsets(placement.block))
+        return Lease(placement, memory.to(self.device), store.offsets(placement.block))

@@ -1,16 +1,22 @@
-"""The threads that fill the ring: they do what the schedule says, and tell it what has arrived."""
+"""Fills the ring: does what the schedule says, and tells it what has arrived.
+
+What a device can copy by itself is queued there and then. For the rest there are threads, two for
+each donor, so that no donor waits for another.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from distorch.errors import DistorchError, ExecutorError
+from distorch.plan.blocks import Block
 from distorch.plan.plan import Plan
 from distorch.run.schedule import Fetch, Schedule
+from distorch.run.slots import Slots
 from distorch.run.stats import Stats
 from distorch.tiers import Store
 
@@ -23,18 +29,16 @@ class Readers:
     """Serves one compute thread from the stores of a plan, through the slots of its ring.
 
     It does not know the executor, so that one can be forgotten and collected while readers sleep.
-    The threads start when a block is first waited for, and end with `close`.
+    A donor's threads start when it is first read from, and end with `close`.
     """
 
-    def __init__(
-        self, plan: Plan, stores: Mapping[str, Store], slots: Sequence[memoryview]
-    ) -> None:
+    def __init__(self, plan: Plan, stores: Mapping[str, Store], slots: Slots) -> None:
         self._plan = plan
         self._stores = stores
-        self._slots = list(slots)
-        self._schedule = Schedule(order=plan.streamed_order, num_slots=len(slots))
-        self._lies = [False] * len(slots)
-        self._fetches: deque[Fetch] = deque()
+        self._slots = slots
+        self._schedule = Schedule(order=plan.streamed_order, num_slots=plan.ring.num_slots)
+        self._lies = [False] * plan.ring.num_slots
+        self._fetches: dict[str, deque[Fetch]] = {}
         self._errors: dict[int, BaseException] = {}
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -52,7 +56,12 @@ class Readers:
             stats = replace(self._stats)
             if self._num_reading:  # two busy readers may never be idle at once
                 stats.transfer_seconds += time.perf_counter() - self._reading_since
-            return stats
+        times = self._slots.times()
+        if times is not None:
+            stats.step_seconds = times.step_seconds
+            stats.waited_seconds = times.waited_seconds
+            stats.transfer_seconds = max(stats.transfer_seconds, times.transfer_seconds)
+        return stats
 
     def take(self, block: int) -> tuple[int, bool]:
         """Wait for a block and lease it: its slot, and whether it lies ready instead of in it.
@@ -117,9 +126,9 @@ class Readers:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+        self._slots.close()
         for store in self._stores.values():
             store.close()
-        self._slots.clear()
 
     def _wait_for(self, block: int) -> int:
         """Sleep until the block has arrived (the lock is held)."""
@@ -136,12 +145,11 @@ class Readers:
                 return slot
             if self._schedule.is_stuck:
                 raise ExecutorError(
-                    f"all {len(self._slots)} slots of the ring are held at once, and another "
+                    f"all {len(self._lies)} slots of the ring are held at once, and another "
                     "block is needed",
                     hint="a larger ring, or more weights at rest",
                 )
             if block not in self._errors:
-                self._start()
                 self._arrived.wait()
 
     def failure(self, block: int, error: BaseException) -> ExecutorError:
@@ -159,46 +167,67 @@ class Readers:
         """
         while not self._closed and (fetch := self._schedule.next_fetch()) is not None:
             placement = self._plan.placements[fetch.block]
-            self._lies[fetch.slot] = self._stores[placement.tier].lies_ready(placement.block)
+            store = self._stores[placement.tier]
+            self._lies[fetch.slot] = self._slots.lies_ready(store, placement.block)
             if self._lies[fetch.slot]:
                 self._schedule.arrived(fetch.slot)
                 self._stats.cached_bytes += placement.block.nbytes
-            else:
-                first = fetch.block == self._schedule.urgent
-                (self._fetches.appendleft if first else self._fetches.append)(fetch)
-                self._work.notify()
+            elif self._send(fetch, store, placement.block):
+                self._schedule.arrived(fetch.slot)
+                self._stats.streamed_bytes += placement.block.nbytes
 
-    def _start(self) -> None:
-        """Start the threads, once (the lock is held)."""
-        while len(self._threads) < _NUM_READERS:
-            name = f"distorch-reader-{len(self._threads)}"
-            thread = threading.Thread(target=self._read_blocks, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+    def _send(self, fetch: Fetch, store: Store, block: Block) -> bool:
+        """Let a device bring a block, or a reader; whether it is as good as there (lock held)."""
+        try:
+            if self._slots.send(store, block, fetch.slot):
+                return True
+        except Exception as error:  # noqa: BLE001  it is raised where the block is needed
+            self._schedule.failed(fetch.slot)
+            self._errors[fetch.block] = error
+            return False
+        queue = self._queue_of(store)
+        (queue.appendleft if fetch.block == self._schedule.urgent else queue.append)(fetch)
+        self._work.notify_all()
+        return False
 
-    def _read_blocks(self) -> None:
+    def _queue_of(self, store: Store) -> deque[Fetch]:
+        """What is to be read from a store; with the first comes the time to start its threads."""
+        queue = self._fetches.get(store.name)
+        if queue is None:
+            queue = self._fetches[store.name] = deque()
+            for number in range(_NUM_READERS):
+                name = f"distorch-reader-{store.name}-{number}"
+                args = store, queue
+                thread = threading.Thread(
+                    target=self._read_blocks, args=args, name=name, daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+        return queue
+
+    def _read_blocks(self, store: Store, queue: deque[Fetch]) -> None:
         """A reader's life: take the next fetch, read, say so."""
-        while (fetch := self._next()) is not None:
+        while (fetch := self._next(queue)) is not None:
             placement = self._plan.placements[fetch.block]
             error: BaseException | None = None
             try:
-                self._stores[placement.tier].read(placement.block, self._slots[fetch.slot])
+                self._slots.fill(store, placement.block, fetch.slot)
             except BaseException as caught:  # noqa: BLE001  it is raised where the block is needed
                 error = caught
             self._done(fetch, placement.block.nbytes, error)
         if self._ended_by is threading.current_thread():
             self._finish()
 
-    def _next(self) -> Fetch | None:
+    def _next(self, queue: deque[Fetch]) -> Fetch | None:
         """Sleep until there is something to read; None when all is over."""
         with self._work:
-            self._work.wait_for(lambda: self._fetches or self._closed)
+            self._work.wait_for(lambda: queue or self._closed)
             if self._closed:
                 return None
             if self._num_reading == 0:
                 self._reading_since = time.perf_counter()
             self._num_reading += 1
-            return self._fetches.popleft()
+            return queue.popleft()
 
     def _done(self, fetch: Fetch, nbytes: int, error: BaseException | None) -> None:
         with self._arrived:

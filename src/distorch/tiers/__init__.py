@@ -7,9 +7,12 @@ model runs. Both speak of parts and of writable memory, never of tensors, module
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from distorch.plan.blocks import Block, Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Copied", "Destination", "Lying", "Source", "Store", "destinations"]
 
@@ -62,8 +65,11 @@ class Store(Protocol):
     def put(self, block: Block, source: Source) -> None:
         """Bring a block to rest here."""
 
+    def direct(self, block: Block) -> Tensor | None:
+        """Return the block's flat bytes if an accelerator can copy them by itself, else None."""
+
     def offsets(self, block: Block) -> Sequence[int]:
-        """Where `read` puts each part in a slot; always the same for a block."""
+        """Where each part is in a slot that `read` or a copy has filled; the same for ever."""
 
     def read(self, block: Block, slot: memoryview) -> None:
         """Copy a block into a slot of ``block.slot_bytes`` or more; called from reader threads.
@@ -93,6 +99,10 @@ class Copied:
     def offsets(self, block: Block) -> Sequence[int]:
         """Each part goes to its own offset."""
         return block.offsets
+
+    def direct(self, block: Block) -> Tensor | None:  # noqa: ARG002  a thread has to read it
+        """No accelerator reaches it."""
+        return None
 
     def lies_ready(self, block: Block) -> bool:  # noqa: ARG002  it is copied
         """Nothing is used where it lies."""

@@ -48,6 +48,9 @@ class DiskTier:
             self._source = self._spill
         self.nbytes += block.nbytes
 
+    def direct(self, block: Block) -> None:
+        """No accelerator reads files."""
+
     def offsets(self, block: Block) -> Sequence[int]:
         """Where `read` puts each part."""
         return self._read_from.offsets(block)

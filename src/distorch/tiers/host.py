@@ -1,57 +1,26 @@
-"""Host RAM: one 64-byte aligned buffer for each block that rests here."""
+"""Host RAM: blocks rest in 64-byte aligned memory, pinned where a device copies from it."""
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from distorch.plan.blocks import Block
 from distorch.tiers import Copied, Source, destinations
+from distorch.tiers.memory import allocate, view_bytes
+from distorch.tiers.pinned import Pins
+from distorch.tiers.slabs import Slabs
 
-__all__ = ["HostTier", "allocate", "allocate_pages", "view_bytes"]
-
-
-def allocate(nbytes: int) -> Tensor:
-    """Return ``nbytes`` of uint8 in host memory; torch aligns them to 64 bytes.
-
-    >>> allocate(10).data_ptr() % 64
-    0
-    """
-    with torch.inference_mode(mode=False):
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-
-
-def allocate_pages(nbytes: int) -> Tensor:
-    """Return ``nbytes`` of uint8 that begin with a page, as direct reads want them.
-
-    The pages are huge where there are such: a disk writes to few large ones faster than to many.
-
-    >>> allocate_pages(10).data_ptr() % 4096
-    0
-    """
-    if not nbytes:
-        return allocate(0)
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON} if hasattr(mmap, "MAP_PRIVATE") else {}
-    pages = mmap.mmap(-1, nbytes, **private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a system that was built without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    with torch.inference_mode(mode=False):
-        return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def view_bytes(memory: Tensor) -> memoryview:
-    """Return the writable bytes of a contiguous CPU tensor of any dtype."""
-    flat = memory.detach().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]  # an array is a buffer
+__all__ = ["HostTier"]
 
 
 class HostTier(Copied):
     """Blocks at rest in host RAM, as stored.
+
+    With ``pins``, the ``blocks`` that are to come rest in slabs of pinned memory, from which an
+    accelerator copies by itself; without, each has a buffer of its own.
 
     >>> from distorch.plan.blocks import Part
     >>> from distorch.tiers.sources import MemorySource
@@ -62,9 +31,11 @@ class HostTier(Copied):
     b'abc'
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, blocks: Iterable[Block] = (), pins: Pins | None = None) -> None:
         self.name = name
         self.nbytes = 0
+        self._pins = pins
+        self._slabs = None if pins is None else Slabs(blocks, pins.allocate)
         self._blocks: dict[str, Tensor] = {}
 
     def adopt(self, block: Block) -> None:
@@ -73,7 +44,7 @@ class HostTier(Copied):
 
     def put(self, block: Block, source: Source) -> None:
         """Read a block straight into its place."""
-        memory = allocate(block.nbytes)
+        memory = allocate(block.nbytes) if self._slabs is None else self._slabs.place(block)
         source.read(destinations(block, view_bytes(memory)))
         self._blocks[block.name] = memory
         self.nbytes += block.nbytes
@@ -81,6 +52,11 @@ class HostTier(Copied):
     def memory(self, block: Block) -> Tensor:
         """Return the block's flat bytes (not a copy)."""
         return self._blocks[block.name]
+
+    def direct(self, block: Block) -> Tensor | None:
+        """Return the block's flat bytes if they are pinned."""
+        memory = self._blocks[block.name]
+        return memory if self._pins is not None and self._pins.has(memory) else None
 
     def read(self, block: Block, slot: memoryview) -> None:
         """Copy a block into a slot."""
@@ -98,4 +74,7 @@ class HostTier(Copied):
     def close(self) -> None:
         """Free all blocks."""
         self._blocks.clear()
+        if self._slabs is not None and self._pins is not None:
+            for slab in self._slabs.clear():
+                self._pins.free(slab)
         self.nbytes = 0

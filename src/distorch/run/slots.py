@@ -1,0 +1,256 @@
+"""The slots of the ring, on the host or on an accelerator: how they are filled, used and reused.
+
+On the host a reader's thread fills a slot, and that is all. On an accelerator the thread that
+computes runs ahead of the device: a slot is "filled" when its copy was queued, and "left" when
+the compute that reads it was. Two events for each slot keep the device in order: a copy waits for
+the last reader of the slot, and compute for the copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distorch.errors import ExecutorError
+from distorch.plan.blocks import Block
+from distorch.plan.plan import Ring
+from distorch.tiers.stopwatch import Stopwatch
+from distorch.tiers import Store
+from distorch.tiers.accelerator import reserve
+from distorch.tiers.links import Link, open_link
+from distorch.tiers.memory import allocate_pages, view_bytes
+from distorch.tiers.pinned import Pins
+
+__all__ = ["DeviceSlots", "HostSlots", "Slots", "open_slots"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Seconds on a device: of whole steps, of waits in them, and of the busiest link's copies."""
+
+    step_seconds: float
+    waited_seconds: float
+    transfer_seconds: float
+
+
+class Slots(Protocol):
+    """Memory that streamed blocks visit, in equal slots."""
+
+    memory: Tensor
+    """All of it, flat."""
+
+    def slot(self, index: int) -> Tensor:
+        """One slot."""
+
+    def lies_ready(self, store: Store, block: Block) -> bool:
+        """Whether the block can be used where it rests, without a copy."""
+
+    def send(self, store: Store, block: Block, index: int) -> bool:
+        """Queue the copy of a block into a slot without waiting; False: a thread must `fill` it."""
+
+    def fill(self, store: Store, block: Block, index: int) -> None:
+        """Bring a block into a slot; called from a reader's thread."""
+
+    def approach(self) -> None:
+        """Say that compute is about to need a block, and may have to wait for it."""
+
+    def enter(self, index: int) -> None:
+        """Say that what is computed from now on reads the slot."""
+
+    def leave(self, index: int) -> None:
+        """Say that all that reads the slot has been asked for."""
+
+    def begin_step(self) -> None:
+        """Say that a forward pass begins."""
+
+    def end_step(self, *, complete: bool) -> None:
+        """Say that it has ended."""
+
+    def times(self) -> Times | None:
+        """What a device says that its steps took; None: the host's own clock knows."""
+
+    def close(self) -> None:
+        """Wait for what is under way, and free the memory."""
+
+
+def open_slots(ring: Ring, compute: str, pins: Pins) -> Slots:
+    """Allocate the slots of a ring on the device that computes.
+
+    Raises:
+        AllocationError: the device has no room for them.
+
+    >>> open_slots(Ring(num_slots=2, slot_bytes=4096), "cpu", Pins("cpu")).memory.shape
+    torch.Size([8192])
+    """
+    if compute == "cpu":
+        return HostSlots(ring)
+    return DeviceSlots(ring, torch.device(compute), pins)
+
+
+class HostSlots:
+    """Slots in host memory."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.memory = allocate_pages(ring.nbytes)
+        self._slots = _cut(self.memory, ring)
+        self._views = [view_bytes(slot) for slot in self._slots]
+
+    def slot(self, index: int) -> Tensor:
+        """One slot."""
+        return self._slots[index]
+
+    def lies_ready(self, store: Store, block: Block) -> bool:
+        """Whether the page cache has the block as it is wanted."""
+        return store.lies_ready(block)
+
+    def send(self, store: Store, block: Block, index: int) -> bool:  # noqa: ARG002
+        """The host copies with a thread of its own."""
+        return False
+
+    def fill(self, store: Store, block: Block, index: int) -> None:
+        """Read a block into a slot."""
+        store.read(block, self._views[index])
+
+    def approach(self) -> None:
+        """Who waits on the host notes it there."""
+
+    def enter(self, index: int) -> None:
+        """What is computed on the host is computed now."""
+
+    def leave(self, index: int) -> None:
+        """What was computed on the host is done."""
+
+    def begin_step(self) -> None:
+        """The host's clock runs in the executor."""
+
+    def end_step(self, *, complete: bool) -> None:
+        """The host's clock runs in the executor."""
+
+    def times(self) -> None:
+        """The host's own clock knows."""
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._slots, self._views = [], []
+        self.memory = self.memory.new_empty(0)
+
+
+class DeviceSlots:
+    """Slots on an accelerator."""
+
+    def __init__(self, ring: Ring, device: torch.device, pins: Pins) -> None:
+        self.memory = reserve(device, ring.nbytes)
+        self._ring = ring
+        self._device = device
+        self._pins = pins
+        self._slots = _cut(self.memory, ring)
+        self._ready = [torch.Event(device=device) for _ in self._slots]
+        self._free = [torch.Event(device=device) for _ in self._slots]
+        self._users: list[torch.Stream | None] = [None] * len(self._slots)
+        self._links: dict[str, Link] = {}
+        self._capturing = getattr(
+            torch.get_device_module(device), "is_current_stream_capturing", lambda: False
+        )
+        self._steps, self._waits = Stopwatch(device), Stopwatch(device)
+        self._step_began: torch.Event | None = None
+        self._approached: torch.Event | None = None
+        self._lock = threading.Lock()
+        for event in self._free:  # the memory may be what an earlier kernel has just let go of
+            event.record(self._stream())
+
+    def slot(self, index: int) -> Tensor:
+        """One slot."""
+        return self._slots[index]
+
+    def lies_ready(self, store: Store, block: Block) -> bool:  # noqa: ARG002
+        """Nothing on the host is used where it lies."""
+        return False
+
+    def send(self, store: Store, block: Block, index: int) -> bool:
+        """Queue a copy that the device does by itself, on the stream of the donor's link."""
+        memory = store.direct(block)
+        if memory is None:
+            return False
+        slot = self._slots[index][: len(memory)]
+        self._link(store).send(memory, slot, self._free[index], self._ready[index])
+        return True
+
+    def fill(self, store: Store, block: Block, index: int) -> None:
+        """Read a block into pinned memory, and send it from there."""
+        link = self._link(store)
+        link.bring(store, block, self._slots[index], self._free[index], self._ready[index])
+
+    def approach(self) -> None:
+        """Note when the current stream has done all before, and could go on."""
+        self._approached = self._waits.begin(self._stream())
+
+    def enter(self, index: int) -> None:
+        """Let the current stream wait until the slot's block has arrived."""
+        if self._capturing():
+            raise ExecutorError(
+                "a streamed block cannot be used while a graph is captured: it will lie elsewhere",
+                hint="capture modules whose weights rest on the device",
+            )
+        stream = self._stream()
+        stream.wait_event(self._ready[index])
+        if self._approached is not None:
+            self._waits.end(self._approached, stream)
+            self._approached = None
+
+    def leave(self, index: int) -> None:
+        """Note where the current stream is: who writes the slot next waits for that."""
+        stream, before = self._stream(), self._users[index]
+        if before is not None and before != stream:
+            stream.wait_event(self._free[index])  # an event has room for one stream: this one
+        self._free[index].record(stream)
+        self._users[index] = stream
+
+    def begin_step(self) -> None:
+        """Note when the current stream gets to this step."""
+        self._step_began = self._steps.begin(self._stream())
+
+    def end_step(self, *, complete: bool) -> None:
+        """Note when it is done with it; an interrupted one does not count."""
+        if complete and self._step_began is not None:
+            self._steps.end(self._step_began, self._stream())
+        self._step_began = None
+
+    def times(self) -> Times:
+        """Return what the device has passed so far."""
+        return Times(
+            step_seconds=self._steps.seconds(),
+            waited_seconds=self._waits.seconds(),
+            transfer_seconds=max((link.seconds() for link in self._links.values()), default=0.0),
+        )
+
+    def close(self) -> None:
+        """Wait for the device, and free the memory; one that is gone has nothing to wait for."""
+        for link in self._links.values():
+            link.close()
+        for event in self._free:
+            with suppress(RuntimeError):
+                event.synchronize()
+        self._links.clear()
+        self._slots = []
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def _stream(self) -> torch.Stream:
+        return torch.accelerator.current_stream(self._device)
+
+    def _link(self, store: Store) -> Link:
+        """The way from a donor, opened when it is first used."""
+        with self._lock:
+            link = self._links.get(store.name)
+            if link is None:
+                link = open_link(store.name, self._device, self._pins, self._ring.slot_bytes)
+                self._links[store.name] = link
+            return link
+
+
+def _cut(memory: Tensor, ring: Ring) -> list[Tensor]:
+    return [*memory.split(ring.slot_bytes)] if ring.nbytes else []
