@@ -9,25 +9,22 @@ the torch decoder by one bit, torch decodes: slower, never wrong.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
+from distorch.compiler import build_library
+from distorch.errors import DistorchError
 
 __all__ = ["kernel"]
 
 _log = logging.getLogger("distorch")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp")
 _BUILD_SECONDS = 60
 
 Kernel = Callable[[int, int, int], None]
@@ -53,32 +50,21 @@ def kernel(name: str) -> Kernel | None:
 def _library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(os.fspath(_build()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, DistorchError) as error:
         _log.warning("no native dequantisation here (%s): torch decodes instead, slower", error)
         return None
 
 
 def _build() -> Path:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        raise OSError("no C compiler")
     source = files("distorch.quant").joinpath("kernels.c").read_bytes()
-    key = hashlib.sha256(source + repr((compiler, _FLAGS, _cpu())).encode()).hexdigest()[:16]
-    target = user_cache_path("distorch", ensure_exists=True) / f"kernels-{key}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            (Path(folder) / "kernels.c").write_bytes(source)
-            built = Path(folder) / "kernels.so"
-            command = [
-                compiler,
-                *_FLAGS,
-                "-o",
-                os.fspath(built),
-                os.fspath(Path(folder) / "kernels.c"),
-            ]
-            subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)  # noqa: S603  our own source
-            built.replace(target)  # atomic: another process sees all of it or nothing
-    return target
+    return build_library(
+        "kernels",
+        {"kernels.c": source},
+        language="c",
+        flags=_FLAGS,
+        depends_on=_cpu(),
+        timeout_seconds=_BUILD_SECONDS,
+    )
 
 
 def _cpu() -> str:
