@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -22,6 +22,7 @@ from distorch.plan.planner import Judge, make_plan
 from distorch.simulate import simulate
 from distorch.tiers import Store
 from distorch.tiers.host import HostTier
+from distorch.tiers.pinned import Pins
 
 _ROOM_BYTES = 1 << 50
 _WARM_PASSES = 2
@@ -114,7 +115,7 @@ def planned(model: Chain, seconds: Sequence[float], share: float, machine: Machi
 def distributed(model: Chain, plan: Plan, bytes_per_second: float | None) -> Handle:
     """Distribute a model by a plan; its donor is throttled to a speed, or (None) a real disk."""
 
-    def stores(_plan: Plan) -> dict[str, Store]:
+    def stores(_plan: Plan, _pins: Pins, _kept: Collection[str]) -> dict[str, Store]:
         assert bytes_per_second is not None, "asked for only where it is set"
         return {"cpu": HostTier("cpu"), "disk": Throttled("disk", bytes_per_second)}
 

@@ -64,6 +64,9 @@ class Watched:
     def put(self, block: Block, source: Source) -> None:
         self.inner.put(block, source)
 
+    def direct(self, block: Block) -> torch.Tensor | None:
+        return self.inner.direct(block)
+
     def offsets(self, block: Block) -> Sequence[int]:
         return self.inner.offsets(block)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from distorch.allocation import Allocation
-from distorch.errors import AllocationError, ModelError
+from distorch.errors import ModelError
 from distorch.integrations.bracket import Bracket, Place, mark_steps
+from distorch.integrations.companions import Companions
+from distorch.integrations.filling import Originals, Progress, fill
+from distorch.integrations.memories import as_seen, check_here, open_stores, pins_for
 from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe
 from distorch.integrations.request import Request
 from distorch.integrations.resting import RestingWeight, Run, as_weight
@@ -25,17 +27,12 @@ from distorch.plan.planner import check_room, make_plan
 from distorch.run.executor import Executor
 from distorch.run.stats import Stats
 from distorch.tiers import Source, Store
-from distorch.tiers.disk import DiskTier
-from distorch.tiers.host import HostTier
-from distorch.tiers.memory import view_bytes
+from distorch.tiers.pinned import Pins
 from distorch.tiers.sources import MemorySource
 
 __all__ = ["Handle", "Progress", "distribute", "handle_of"]
 
 _ATTRIBUTE = "_distorch_handle"
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes placed so far and the bytes of the model."""
 
 
 def distribute(
@@ -120,7 +117,7 @@ class Handle:
 
     ``plan`` is what was decided, ``stats()`` what has happened since. ``source`` is given for a
     model whose weights have never been in memory: a checkpoint's files, which the disk tier reads
-    in place. ``open_stores`` opens a store for each tier of a plan: another may stand for a donor.
+    in place. ``opened_by`` opens a store for each tier of a plan: another may stand for a donor.
     """
 
     plan: Plan
@@ -130,16 +127,19 @@ class Handle:
         module: nn.Module,
         tree: Tree,
         source: Source | None = None,
-        open_stores: Callable[[Plan], dict[str, Store]] | None = None,
+        opened_by: Callable[[Plan, Pins, Collection[str]], dict[str, Store]] | None = None,
     ) -> None:
         self._module = module
         self._tree = tree
         self._blocks = cut(tree.root)
         self._source = source
-        self._open_stores = open_stores or partial(_stores, in_place=source is not None)
+        self._open_stores = opened_by or partial(open_stores, in_place=source is not None)
+        model_bytes = sum(block.nbytes for block in self._blocks)
+        self._homes = _homes(tree) if source is None else {"disk": model_bytes}
         self._request = Request()
         self._hooks: list[RemovableHandle] = []
         self._brackets: list[Bracket] = []
+        self._resting: dict[str, RestingWeight] = {}
         self._executor: Executor | None = None
 
     def stats(self) -> Stats:
@@ -191,21 +191,25 @@ class Handle:
     def bind(self, request: Request, machine: Machine | None, progress: Progress | None) -> None:
         """Plan, fill the tiers, and put the hooks on."""
         plan = self._plan(request, machine)
-        source = self._source or MemorySource(
-            {
-                weight.name: view_bytes(weight.original.data)
-                for weight in self._tree.weights.values()
-            }
-        )
-        stores = self._open_stores(plan)
+        pins, kept = pins_for(plan), self._kept(plan)
+        weights = {} if self._source else self._tree.weights
+        stores = self._open_stores(plan, pins, kept)
+        executor = _executor(plan, stores, pins)  # first: no weight moves if its ring has no room
         try:
-            self._fill(plan, stores, source, progress)
+            fill(
+                plan,
+                stores,
+                self._source or MemorySource(Originals(weights)),
+                kept=kept,
+                originals=weights,
+                progress=progress,
+            )
         except BaseException:
-            for store in stores.values():
-                store.close()
+            executor.close()
             raise
-        self.plan, self._executor, self._request = plan, Executor(plan, stores), request
-        self._hooks = self._put_on(self._executor)
+        self.plan, self._executor, self._request = plan, executor, request
+        self._hooks = self._put_on(executor, kept)
+        self._companions = Companions(self._module, executor.device)
         self._module.__dict__[_ATTRIBUTE] = self
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -222,10 +226,9 @@ class Handle:
 
     def _plan(self, request: Request, machine: Machine | None) -> Plan:
         model_bytes = sum(block.nbytes for block in self._blocks)
-        machine = _as_seen(
+        machine = as_seen(
             machine or Machine.here(request.folder),
-            model_bytes,
-            in_place=self._source is not None,
+            self._homes,
             any_tier=request.names_its_devices,
         )
         if isinstance(request.allocation, Plan):
@@ -239,33 +242,28 @@ class Handle:
                 compute=request.compute,
                 ring_bytes=request.ring_bytes,
             )
-        _check_supported(plan)
+        check_here(plan)
         return replace(plan, notes=plan.notes + self._tree.notes)
 
-    def _fill(
-        self,
-        plan: Plan,
-        stores: Mapping[str, Store],
-        source: Source,
-        progress: Progress | None,
-    ) -> None:
-        """Bring each block to where it rests; what is in memory and stays there is left alone."""
-        kept = _kept(plan) if self._source is None else frozenset()
-        done = 0
-        for placement in plan.placements:
-            store = stores[placement.tier]
-            if isinstance(store, HostTier) and placement.block.parts[0].tensor in kept:
-                store.adopt(placement.block)
-            else:
-                store.put(placement.block, source)
-            done += placement.block.nbytes
-            if progress is not None:
-                progress(done, plan.model_bytes)
+    def _kept(self, plan: Plan) -> frozenset[str]:
+        """The weights that stay in the module's own tensors: all their rows rest where they are."""
+        if self._source is not None:
+            return frozenset()
+        moved = {
+            part.tensor
+            for placement in plan.placements
+            if placement.kind == "streamed"
+            for part in placement.block.parts
+        }
+        return frozenset(
+            name
+            for name, weight in self._tree.weights.items()
+            if name not in moved and str(weight.original.device) == plan.compute
+        )
 
-    def _put_on(self, executor: Executor) -> list[RemovableHandle]:
+    def _put_on(self, executor: Executor, kept: Collection[str]) -> list[RemovableHandle]:
         """Point the module at its weights: those that rest here for good, the others by hooks."""
         plan = executor.plan
-        kept = _kept(plan) if self._source is None else frozenset()
         runs: dict[str, list[Run]] = {}
         for index, placement in enumerate(plan.placements):
             for number, part in enumerate(placement.block.parts):
@@ -276,8 +274,7 @@ class Handle:
                 continue
             places[name] = place = _place(weight, executor, runs[name])
             place.point(place.resting)
-            if self._source is None:
-                weight.original.data = weight.original.data.new_empty(0)
+            self._resting[name] = RestingWeight(executor, runs[name], weight.shape, place.dtype)
         modules = dict(self._module.named_modules())
         brackets = [
             (
@@ -300,18 +297,38 @@ class Handle:
         for bracket in self._brackets:  # an interrupted pass may have left it pointing at a slot
             bracket.reset()
         self._hooks, self._brackets = [], []
-        if restore:
-            for weight in self._tree.weights.values():
-                current = weight.current
-                if isinstance(current, RestingWeight):
-                    weight.restore(current)
-        executor.close()
-        self._executor = None
+        try:
+            self._companions.restore()
+            for name, resting in self._resting.items() if restore else ():
+                weight = self._tree.weights[name]
+                if weight.is_away:
+                    weight.restore(resting)
+        finally:
+            self._resting = {}
+            executor.close()
+            self._executor = None
+
+
+def _executor(plan: Plan, stores: Mapping[str, Store], pins: Pins) -> Executor:
+    try:
+        return Executor(plan, stores, pins)
+    except BaseException:
+        for store in stores.values():
+            store.close()
+        raise
+
+
+def _homes(tree: Tree) -> Counter[str]:
+    """Bytes of the weights on each device that they are on now."""
+    homes: Counter[str] = Counter()
+    for weight in tree.weights.values():
+        homes[str(weight.original.device)] += weight.original.nbytes
+    return homes
 
 
 def _place(weight: Weight, executor: Executor, runs: Sequence[Run]) -> Place:
     """Where a weight's users find it; one that rests here whole is there for good."""
-    shape, dtype = tuple(weight.original.shape), weight.original.dtype
+    shape, dtype = weight.shape, weight.original.dtype
     placement = executor.plan.placements[runs[0].block]
     resting: Tensor = RestingWeight(executor, runs, shape, dtype)
     if len(runs) == 1 and placement.kind == "resident":
@@ -319,58 +336,3 @@ def _place(weight: Weight, executor: Executor, runs: Sequence[Run]) -> Place:
         resting = as_parameter(as_weight(raw, runs[0].part, shape, dtype))
     users = tuple((owner._parameters, attribute) for owner, attribute in weight.users)
     return Place(users=users, resting=resting, shape=shape, dtype=dtype)
-
-
-def _kept(plan: Plan) -> frozenset[str]:
-    """The weights that rest on the compute device with all their rows."""
-    moved = {
-        part.tensor
-        for placement in plan.placements
-        if placement.kind == "streamed"
-        for part in placement.block.parts
-    }
-    return frozenset(
-        part.tensor for placement in plan.placements for part in placement.block.parts
-    ) - frozenset(moved)
-
-
-def _as_seen(machine: Machine, model_bytes: int, *, in_place: bool, any_tier: bool) -> Machine:
-    """The machine as this model sees it.
-
-    A checkpoint's own disk has room for it: it is there. A module in host memory has room there.
-    Who names no device means one that this version can compute on.
-    """
-    if not any_tier:
-        usable = tuple(tier for tier in machine.tiers if tier.is_disk or tier.name == "cpu")
-        machine = replace(machine, tiers=usable)
-    if in_place:
-        disk = machine.tier("disk")
-        roomy = max(disk.free_bytes, model_bytes)
-        return machine.replace_tier(
-            replace(disk, capacity_bytes=max(disk.capacity_bytes, roomy), free_bytes=roomy)
-        )
-    host = machine.tier("cpu")
-    free_bytes = min(host.capacity_bytes, host.free_bytes + model_bytes)
-    return machine.replace_tier(replace(host, free_bytes=free_bytes))
-
-
-def _check_supported(plan: Plan) -> None:
-    strange = [
-        name for name in plan.bytes_by_tier if name != "cpu" and name.split(":")[0] != "disk"
-    ]
-    if plan.compute != "cpu" or strange:
-        raise AllocationError(
-            f"this version computes on cpu and streams from disk, not {strange or plan.compute}",
-            hint="cpu,64mb;disk,*",
-        )
-
-
-def _stores(plan: Plan, *, in_place: bool) -> dict[str, Store]:
-    """Open a store for each tier of the plan."""
-    stores: dict[str, Store] = {plan.compute: HostTier(plan.compute)}
-    for name in plan.bytes_by_tier:
-        if name != plan.compute:
-            _, _, folder = name.partition(":")
-            path = Path(folder or tempfile.gettempdir())
-            stores[name] = DiskTier(name, None if in_place and not folder else path)
-    return stores

@@ -25,26 +25,40 @@ class Weight:
 
     name: str
     original: nn.Parameter
+    shape: tuple[int, ...] = ()
     users: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     @property
-    def current(self) -> Tensor:
-        """What the model finds under its name now."""
+    def is_away(self) -> bool:
+        """Whether what the model finds under its name now is not in memory, or not where it was."""
         owner, attribute = self.users[0]
         found = owner._parameters[attribute]
         assert found is not None, "a weight stays where it was named"
-        return found
+        return isinstance(found, RestingWeight) or found.device != _home(self.original)
+
+    def empty(self) -> None:
+        """Let go of the parameter's values: they rest elsewhere now."""
+        self.original.data = self.original.data.new_empty(0)
+
+    def fill(self, raw: Tensor) -> None:
+        """Give the parameter its values again, from their bytes."""
+        value = raw.view(self.original.dtype).view(self.shape)
+        self.original.data = value.to(self.original.device)
 
     def restore(self, resting: RestingWeight) -> None:
-        """Bring the weight into memory: into the parameter from before, if that had values."""
-        value = resting.whole()
+        """Bring the weight to where it was: into the parameter from before, if that had values."""
         found: Tensor = self.original
         if self.original.is_meta:
-            found = as_parameter(value)
+            found = as_parameter(resting.whole(_home(self.original)))
         else:
-            self.original.data = value
+            self.original.data = resting.whole(_home(self.original))
         for owner, attribute in self.users:
             owner._parameters[attribute] = found  # type: ignore[assignment]  # may be lazy
+
+
+def _home(parameter: Tensor) -> torch.device:
+    """Where a weight is when it is not distributed."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,8 @@ def describe(module: nn.Module, stored: Mapping[str, Stored] | None = None) -> T
         if reason and stored is None:
             notes.append(f"{weight.name} stays where it is: {reason}")
             del weights[key]
+        else:
+            weight.shape = tuple(weight.original.shape)
     names = {key: weight.name for key, weight in weights.items()}
     root = _node("", module, names, weights, stored)
     return Tree(root, {weight.name: weight for weight in weights.values()}, tuple(notes))
@@ -157,7 +173,7 @@ def _immovable(parameter: Tensor) -> str:
         return "it is lazily conjugated or negated, or was made in inference mode"
     if parameter.dtype not in _DTYPE_NAMES:
         return f"its dtype is {parameter.dtype}"
-    return "" if parameter.device.type in {"cpu", "meta"} else f"it is on {parameter.device}"
+    return ""
 
 
 def as_parameter(weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from distorch.quant.block_formats import block_format
 from distorch.quant.lazy import LazyWeight
 from distorch.quant.tensor import QuantTensor
 from distorch.run.executor import Executor, Lease
+from distorch.tiers.accelerator import reserve
 from distorch.tiers.memory import allocate
 
 __all__ = ["TORCH_DTYPES", "RestingWeight", "Run", "as_weight"]
@@ -68,7 +69,7 @@ class RestingWeight(LazyWeight):
         cls, executor: Executor, runs: Sequence[Run], shape: Sequence[int], dtype: torch.dtype
     ) -> Self:
         """Wrap the runs of one weight, in the order of their rows."""
-        self = LazyWeight.__new__(cls, shape, dtype, torch.device("cpu"))
+        self = LazyWeight.__new__(cls, shape, dtype, executor.device)
         self.executor, self.runs = executor, tuple(runs)
         self._views = {}
         return self
@@ -91,9 +92,11 @@ class RestingWeight(LazyWeight):
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Read the distinct rows that ``ids`` names, then look up among them."""
+        device = self.executor.device
         if not ids.numel():
-            return torch.empty(*ids.shape, self.shape[-1], dtype=self.dtype)
+            return torch.empty(*ids.shape, self.shape[-1], dtype=self.dtype, device=device)
         distinct, place = torch.unique(ids, return_inverse=True)
+        distinct = distinct.cpu()
         if int(distinct[0]) < 0 or int(distinct[-1]) >= self.shape[0]:
             raise IndexError(f"index out of range: the embedding has {self.shape[0]} rows")
         part = self.runs[0].part
@@ -103,24 +106,25 @@ class RestingWeight(LazyWeight):
             inside = ((distinct >= first) & (distinct < last)).nonzero().flatten()
             if len(inside):
                 begin, end = int(inside[0]), int(inside[-1]) + 1  # distinct rows are sorted
-                rows = (distinct[begin:end] - first).tolist()
-                self.executor.read_rows(run.block, rows, raw[begin:end])
+                wanted = (distinct[begin:end] - first).tolist()
+                self.executor.read_rows(run.block, wanted, raw[begin:end])
         few = Part(
             tensor=part.tensor,
             dtype=part.dtype,
             shape=(len(distinct), *part.shape[1:]),
             nbytes=raw.numel(),
         )
-        return F.embedding(place, as_weight(raw.view(-1), few, few.shape, self.dtype))
+        rows = raw.view(-1).to(device)
+        return F.embedding(place, as_weight(rows, few, few.shape, self.dtype))
 
     def materialize(self) -> Tensor:
         """Read the whole weight into memory of its own, dense."""
-        whole = self.whole()
+        whole = self.whole(self.executor.device)
         return whole.materialize() if isinstance(whole, LazyWeight) else whole
 
-    def whole(self) -> Tensor:
-        """Read the whole weight into memory of its own, as stored."""
-        raw = allocate(sum(run.part.nbytes for run in self.runs))
+    def whole(self, device: torch.device) -> Tensor:
+        """Read the whole weight into memory of its own on ``device``, as stored."""
+        raw = reserve(device, sum(run.part.nbytes for run in self.runs))
         filled = 0
         for run in self.runs:
             lease = self.executor.acquire(run.block)

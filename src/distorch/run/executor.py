@@ -74,9 +74,7 @@ class Executor:
     >>> executor.close()
     """
 
-    def __init__(
-        self, plan: Plan, stores: Mapping[str, Store], pins: Pins | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, stores: Mapping[str, Store], pins: Pins | None = None) -> None:
         self.plan = plan
         self.device = torch.device(plan.compute)
         self._stores = stores

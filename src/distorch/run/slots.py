@@ -19,12 +19,12 @@ from torch import Tensor
 from distorch.errors import ExecutorError
 from distorch.plan.blocks import Block
 from distorch.plan.plan import Ring
-from distorch.tiers.stopwatch import Stopwatch
 from distorch.tiers import Store
 from distorch.tiers.accelerator import reserve
 from distorch.tiers.links import Link, open_link
 from distorch.tiers.memory import allocate_pages, view_bytes
 from distorch.tiers.pinned import Pins
+from distorch.tiers.stopwatch import Stopwatch
 
 __all__ = ["DeviceSlots", "HostSlots", "Slots", "open_slots"]
 

@@ -54,6 +54,10 @@ class AcceleratorTier(Copied):
         self._staging: Tensor | None = None
         self._blocks: dict[str, Tensor] = {}
 
+    def adopt(self, block: Block) -> None:
+        """Count a block that rests on the device already, in tensors of its module's own."""
+        self.nbytes += block.nbytes
+
     def put(self, block: Block, source: Source) -> None:
         """Bring a block to rest here.
 

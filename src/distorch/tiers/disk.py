@@ -113,7 +113,6 @@ class _Spill(Copied):
         try:
             _write_all(self._fd, memory)
         except OSError as error:
-            self.close()
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
             raise StorageError(
                 f"{'the disk is full' if full else error.strerror}, writing {len(memory)} bytes "

@@ -33,7 +33,7 @@ def open_link(source: str, device: torch.device, pins: Pins, slot_bytes: int) ->
 
     Between devices that cannot reach each other it leads through the host.
     """
-    if source.split(":")[0] in {"cpu", "disk"}:
+    if source.split(":", maxsplit=1)[0] in {"cpu", "disk"}:
         return Link(device, pins, slot_bytes)
     donor = torch.device(source)
     if can_reach(device, donor):
@@ -178,4 +178,3 @@ def _drain(stream: torch.Stream) -> None:
     """Wait for what is queued; a device that is gone has nothing to wait for."""
     with suppress(RuntimeError):
         stream.synchronize()
-

@@ -128,7 +128,7 @@ def check_bytes(handle: Handle, line: dict[str, Any]) -> None:
     assert at_rest["cpu"] <= limit
     assert handle.weight_bytes == at_rest["cpu"] + plan.ring.nbytes
     resident = handle._running()._resident
-    held = sum(memory.numel() for memory in resident._blocks.values())  # type: ignore[attr-defined]
+    held = sum(memory.numel() for memory in resident._blocks.values())
     assert held == at_rest["cpu"], "what is allocated is what is counted"
 
 

@@ -1,0 +1,98 @@
+"""Brings the blocks of a model to where they rest, and gives up what they came from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from distorch.integrations.module_tree import Weight
+from distorch.plan.blocks import Block
+from distorch.plan.plan import Plan
+from distorch.tiers import Source, Store
+from distorch.tiers.accelerator import AcceleratorTier
+from distorch.tiers.host import HostTier
+from distorch.tiers.memory import allocate, allocate_pages, view_bytes
+
+__all__ = ["Originals", "Progress", "fill"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes placed so far and the bytes of the model."""
+
+
+class Originals(Mapping[str, memoryview]):
+    """The bytes of a module's parameters, wherever they are; looked at when they are asked for."""
+
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> memoryview:
+        """Return a parameter's bytes, on a device by a copy."""
+        return view_bytes(self._weights[name].original.data.cpu())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def fill(
+    plan: Plan,
+    stores: Mapping[str, Store],
+    source: Source,
+    *,
+    kept: Collection[str],
+    originals: Mapping[str, Weight],
+    progress: Progress | None,
+) -> None:
+    """Bring each block to where it rests.
+
+    ``kept`` are weights that stay in the module's own tensors. Each of ``originals`` is emptied as
+    soon as its last row has a place, so that a model is not in memory twice; when something fails,
+    they have their values back.
+    """
+    left = Counter(part.tensor for placed in plan.placements for part in placed.block.parts)
+    done_bytes = 0
+    emptied: list[str] = []
+    try:
+        for placement in plan.placements:
+            block, store = placement.block, stores[placement.tier]
+            if _stays(block, kept):
+                assert isinstance(store, HostTier | AcceleratorTier), "it stays in memory"
+                store.adopt(block)
+            else:
+                store.put(block, source)
+                for part in block.parts:
+                    left[part.tensor] -= 1
+                    if not left[part.tensor] and part.tensor in originals:
+                        originals[part.tensor].empty()
+                        emptied.append(part.tensor)
+            done_bytes += block.nbytes
+            if progress is not None:
+                progress(done_bytes, plan.model_bytes)
+    except BaseException:
+        for name in emptied:
+            _read_back(originals[name], plan, stores)
+        raise
+
+
+def _stays(block: Block, kept: Collection[str]) -> bool:
+    return block.parts[0].tensor in kept
+
+
+def _read_back(weight: Weight, plan: Plan, stores: Mapping[str, Store]) -> None:
+    """Give an emptied parameter its values again, from where they rest by now."""
+    rows = []
+    for placement in plan.placements:
+        for number, part in enumerate(placement.block.parts):
+            if part.tensor == weight.name:
+                store, slot = stores[placement.tier], allocate_pages(placement.block.slot_bytes)
+                store.read(placement.block, view_bytes(slot))
+                begin = store.offsets(placement.block)[number]
+                rows.append((part.first_row, slot[begin : begin + part.nbytes]))
+    raw = allocate(sum(len(piece) for _, piece in rows))
+    filled = 0
+    for _, piece in sorted(rows, key=lambda row: row[0]):
+        raw[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    weight.fill(raw)
