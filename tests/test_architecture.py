@@ -29,8 +29,9 @@ LAYERS = """
     plan
     allocation
     machine formats
-    metrics
-    errors files
+    vgpu
+    compiler files sizes
+    errors
 """
 
 TORCH_ROOMS = (
@@ -40,8 +41,15 @@ TORCH_ROOMS = (
     "distorch.probe",
     "distorch.quant",
     "distorch.run.executor",
+    "distorch.run.slots",
     "distorch.tiers.accelerator",
     "distorch.tiers.host",
+    "distorch.tiers.links",
+    "distorch.tiers.memory",
+    "distorch.tiers.pinned",
+    "distorch.tiers.stopwatch",
+    "distorch.vgpu.install",
+    "distorch.vgpu.torch_module",
 )
 TORCH_PACKAGES = {"accelerate", "diffusers", "torch", "transformers"}
 

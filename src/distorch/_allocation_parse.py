@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from distorch.errors import AllocationError
+from distorch.sizes import MAX_BYTES, UNITS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -23,16 +24,9 @@ Mode = Literal["auto", "bytes", "ratio", "fraction"]
 
 _EXAMPLE = "cuda:0,2.5gb;cpu,*"
 _MAX_CHARACTERS = 4096
-_MAX_BYTES = 2**63 - 1
 _MAX_CURES = 8
 _MAX_QUOTED = 40
 _ALL_PERCENT = 100
-
-_UNITS = {"b": 1} | {
-    f"{letter}{end}": 2 ** (10 * power)
-    for power, letter in enumerate("kmgt", start=1)
-    for end in ("b", "", "ib")
-}
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*", re.ASCII | re.IGNORECASE)
 _INDEX = re.compile(r"0|[1-9][0-9]*", re.ASCII)
@@ -78,7 +72,7 @@ def size_text(num_bytes: int) -> str:
     ('2.5gb', '500mb', '1000000007b')
     """
     units = ("gb", "mb", "kb", "b")
-    forms = [f"{_shortest_multiple(num_bytes, _UNITS[unit])}{unit}" for unit in units]
+    forms = [f"{_shortest_multiple(num_bytes, UNITS[unit])}{unit}" for unit in units]
     return min(forms, key=lambda form: (len(form), form.startswith("0.")))
 
 
@@ -304,11 +298,11 @@ def _read_amount(piece: _Piece) -> _Amount:
         return _Amount(piece, "ratio", number)
     if not unit:
         return _Amount(piece, "bytes" if is_rest else "bare", number, is_rest=is_rest)
-    if unit.isascii() and unit.lower() in _UNITS:
-        return _Amount(piece, "bytes", number, _UNITS[unit.lower()], is_rest)
+    if unit.isascii() and unit.lower() in UNITS:
+        return _Amount(piece, "bytes", number, UNITS[unit.lower()], is_rest)
     if _EXPONENT.fullmatch(unit):
         raise _Fault(piece, f"{_quote(piece.text)} has an exponent: write all digits, or a unit")
-    cure = next((known for known in _UNITS if known[0] == unit[0].lower()), None)
+    cure = next((known for known in UNITS if known[0] == unit[0].lower()), None)
     problem = f"unknown unit {_quote(unit)}: use b, kb, mb, gb or tb"
     raise _Fault(_Piece(suffix.start, unit), problem, cure)
 
@@ -366,7 +360,7 @@ def _fraction(amount: _Amount) -> Decimal:
 def _bytes(amount: _Amount, kinds: Collection[str]) -> int:
     """Read an amount of a line of bytes, cut to whole bytes: an amount is never exceeded."""
     exact = Fraction(amount.number) * amount.unit_bytes
-    if exact > _MAX_BYTES:
+    if exact > MAX_BYTES:
         raise _Fault(amount.place, "more bytes than any memory holds (8 EiB)", "*")
     if amount.unit_bytes == 1 and exact.denominator != 1:
         cure = f"{_decimal_text(amount.number)}gb{'*' if amount.is_rest else ''}"

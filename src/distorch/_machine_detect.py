@@ -8,7 +8,6 @@ nothing to read. `distorch.machine.Machine.detect` is the public door. It import
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import re
 import shutil
@@ -18,28 +17,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
+from distorch._machine_accelerators import Memory, read_accelerators
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["Memory", "read_memories"]
 
 
-class Memory(NamedTuple):
-    """What one reading of one memory says."""
-
-    capacity_bytes: int
-    free_bytes: int
-
-
 def read_memories(disk: Path | None = None) -> dict[str, Memory]:
-    """Read every memory of this machine: NVIDIA cards first, then the host, then a disk.
+    """Read every memory of this machine: accelerators first, then the host, then a disk.
 
     ``disk`` is any path on the file system meant, by default the temporary directory.
 
     >>> list(read_memories())[-2:]
     ['cpu', 'disk']
     """
-    memories = {f"cuda:{index}": card for index, card in enumerate(_nvidia_cards())}
+    memories = read_accelerators()
     memories["cpu"] = _within(_host_memory(), _cgroup_limits(Path("/")))
     memories["disk"] = _disk_space(disk or Path(tempfile.gettempdir()))
     return memories
@@ -150,47 +144,3 @@ def _disk_space(path: Path) -> Memory:
             usage = shutil.disk_usage(folder)
             return Memory(usage.total, usage.free)
     return Memory(0, 0)
-
-
-def _nvidia_cards() -> list[Memory]:
-    """Read the NVIDIA cards in torch's order; none without nvidia-ml-py or a driver."""
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return []
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return []
-    try:
-        return _visible_cards(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    except nvml.NVMLError:
-        return []
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _visible_cards(nvml: Any, visible: str | None) -> list[Memory]:  # noqa: ANN401
-    """Read the cards that CUDA shows this process, in CUDA's order.
-
-    NVML counts every card, while torch's ``cuda:0`` is the first that CUDA_VISIBLE_DEVICES names
-    (by index or by the beginning of a UUID); CUDA ignores all from the first name it does not know.
-    """
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    if visible is not None:
-        handles = list(_named_by(visible, handles, [nvml.nvmlDeviceGetUUID(h) for h in handles]))
-    readings = [nvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
-    return [Memory(int(reading.total), int(reading.free)) for reading in readings]
-
-
-def _named_by(visible: str, handles: Sequence[Any], uuids: Sequence[str]) -> Iterator[Any]:
-    """Yield the handles that a value of CUDA_VISIBLE_DEVICES names, as far as it can be read."""
-    for name in (part.strip() for part in visible.split(",")):
-        matches = [
-            handle
-            for index, (handle, uuid) in enumerate(zip(handles, uuids, strict=True))
-            if name == str(index) or (name.startswith("GPU-") and uuid.startswith(name))
-        ]
-        if len(matches) != 1:
-            return
-        yield matches[0]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from platformdirs import user_config_path
 
+from distorch._machine_accelerators import virtual
 from distorch._machine_detect import read_memories
 from distorch._machine_file import dump, parse, profile_names, profile_text, read, replace_file
 from distorch._machine_parts import Compute, Link, Tier, check_speed, listed
@@ -175,9 +176,10 @@ class Machine:
 
     @classmethod
     def detect(cls, disk: Path | None = None) -> Machine:
-        """Describe this machine as it is now: NVIDIA cards first, then the host, then a disk.
+        """Describe this machine as it is now: accelerators first, then the host, then a disk.
 
-        ``disk`` is any path on the file system meant, by default the temporary directory.
+        ``disk`` is any path on the file system meant, by default the temporary directory. Links
+        are those of virtual cards, which are known; all others have to be measured.
 
         >>> [tier.name for tier in Machine.detect().tiers][-2:]
         ['cpu', 'disk']
@@ -186,7 +188,13 @@ class Machine:
             Tier(name=name, capacity_bytes=memory.capacity_bytes, free_bytes=memory.free_bytes)
             for name, memory in read_memories(disk).items()
         )
-        return cls(name=platform.node() or "this machine", tiers=tuple(tiers))
+        spec = virtual()
+        return cls(
+            name=platform.node() or "this machine",
+            tiers=tuple(tiers),
+            links=tuple(Link(**asdict(link)) for link in spec.links()) if spec else (),
+            buses=tuple(spec.buses().items()) if spec else (),
+        )
 
     @classmethod
     def here(cls, disk: Path | None = None) -> Machine:
@@ -220,20 +228,24 @@ class Machine:
         return user_config_path("distorch") / "machines" / f"{node}.toml"
 
     def measured_by(self, profile: Machine) -> Machine:
-        """Return these tiers with the links and rates that ``profile`` has for them.
+        """Return this machine with the links and rates that ``profile`` has for its tiers.
 
         >>> profile = Machine.load("rtx4070-12gb")
         >>> Machine(name="box", tiers=profile.tiers).measured_by(profile).links == profile.links
         True
         """
         here = {tier.name for tier in self.tiers}
-        links = tuple(link for link in profile.links if {link.source, link.target} <= here)
-        buses = {link.bus for link in links}
+        measured = [link for link in profile.links if {link.source, link.target} <= here]
+        links = {(link.source, link.target): link for link in (*self.links, *measured)}
+        used = {link.bus for link in links.values()}
+        rates = {rate.device: rate for rate in (*self.computes, *profile.computes)}
         return replace(
             self,
-            links=links,
-            computes=tuple(rate for rate in profile.computes if rate.device in here),
-            buses=tuple((bus, speed) for bus, speed in profile.buses if bus in buses),
+            links=tuple(links.values()),
+            computes=tuple(rate for name, rate in rates.items() if name in here),
+            buses=tuple(
+                (bus, v) for bus, v in dict(self.buses + profile.buses).items() if bus in used
+            ),
         )
 
     @classmethod

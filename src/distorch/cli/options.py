@@ -11,6 +11,7 @@ import typer
 from distorch.allocation import Allocation
 from distorch.errors import AllocationError
 from distorch.machine import Machine
+from distorch.sizes import read_size
 
 __all__ = [
     "AllocationOption",
@@ -124,13 +125,10 @@ class Placement:
         if self.ring is None:
             return None
         try:
-            line = Allocation.parse(f"cpu,{self.ring};disk,*")
-            first, *others = line.entries
-            if line.mode == "bytes" and len(others) == 1 and not first.rest and first.amount:
-                return int(first.amount)
-        except AllocationError:
-            pass  # its line is not one that the user wrote
-        raise AllocationError(f"--ring is {self.ring!r}, which is not a size", hint="--ring 200mb")
+            return read_size(self.ring)
+        except ValueError as error:
+            problem = f"--ring is {self.ring!r}, which is not a size"
+            raise AllocationError(problem, hint="--ring 200mb") from error
 
     def line(self, model_bytes: int, machine: Machine) -> Allocation:
         """Return the allocation that this asks for, on this machine."""

@@ -16,7 +16,7 @@ from distorch.errors import ModelError
 from distorch.integrations.bracket import Bracket, Place, mark_steps
 from distorch.integrations.companions import Companions
 from distorch.integrations.filling import Originals, Progress, fill
-from distorch.integrations.memories import as_seen, check_here, open_stores, pins_for
+from distorch.integrations.memories import as_seen, check_here, machine_here, open_stores, pins_for
 from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe
 from distorch.integrations.request import Request
 from distorch.integrations.resting import RestingWeight, Run, as_weight
@@ -227,7 +227,7 @@ class Handle:
     def _plan(self, request: Request, machine: Machine | None) -> Plan:
         model_bytes = sum(block.nbytes for block in self._blocks)
         machine = as_seen(
-            machine or Machine.here(request.folder),
+            machine or machine_here(request.folder),
             self._homes,
             any_tier=request.names_its_devices,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from distorch import vgpu
 from distorch.errors import AllocationError
 from distorch.machine import Machine
 from distorch.plan.plan import Plan
@@ -18,7 +20,18 @@ from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier
 from distorch.tiers.pinned import Pins
 
-__all__ = ["as_seen", "check_here", "open_stores", "pins_for"]
+__all__ = ["as_seen", "check_here", "machine_here", "open_stores", "pins_for"]
+
+
+def machine_here(disk: Path | None = None) -> Machine:
+    """Return this machine, with the virtual cards that the environment asks for.
+
+    Raises:
+        MachineError: they cannot be built, or what was measured cannot be read.
+    """
+    if os.environ.get("DISTORCH_VGPU"):
+        vgpu.install()
+    return Machine.here(disk)
 
 
 def as_seen(machine: Machine, homes: Mapping[str, int], *, any_tier: bool) -> Machine:

@@ -10,6 +10,7 @@ from distorch.allocation import Allocation
 from distorch.errors import AllocationError
 from distorch.machine import Machine
 from distorch.plan.plan import Plan
+from distorch.sizes import read_size
 
 __all__ = ["Request"]
 
@@ -64,9 +65,7 @@ class Request:
         if self.ring is None or isinstance(self.ring, int):
             return self.ring
         try:
-            if set(self.ring) & set(",;*%"):
-                raise ValueError(self.ring)
-            return int(Allocation.parse(f"cpu,{self.ring};disk,*").entries[0].amount)
+            return read_size(self.ring)
         except ValueError as error:
             raise AllocationError(
                 f"ring={self.ring!r} is not a size in bytes", hint='ring="200mb"'

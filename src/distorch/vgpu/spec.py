@@ -15,13 +15,14 @@ import re
 from dataclasses import dataclass
 from itertools import permutations
 
-from distorch.allocation import Allocation
-from distorch.errors import AllocationError, MachineError
+from distorch.errors import MachineError
+from distorch.sizes import read_size
 
 __all__ = ["MAX_DEVICES", "DeviceSpec", "LinkSpec", "Spec", "device_name"]
 
 MAX_DEVICES = 16
 _EXAMPLE = "DISTORCH_VGPU=12gb,24gb@4gb/s"
+_SIZE = re.compile(r"[0-9.]+\s*[a-z]+", re.ASCII | re.IGNORECASE)
 _DEVICE = re.compile(
     r"(?P<size>[^@+]+?)\s*(?:@\s*(?P<speed>[^@+]+?)\s*/\s*s)?\s*(?:\+\s*(?P<bus>\w+))?",
     re.ASCII | re.IGNORECASE,
@@ -143,11 +144,10 @@ def _read_device(piece: str, line: str) -> DeviceSpec:
 def _read_bytes(text: str, line: str) -> int:
     """Read a size as the allocation language does."""
     try:
-        allocation = Allocation.parse(f"cpu,{text}")
-    except AllocationError as error:
-        raise MachineError(f"{error.problem} (in {line!r})", hint=_EXAMPLE) from None
-    entry = allocation.entries[0]
-    if allocation.mode != "bytes" or entry.rest or len(allocation.entries) > 1 or not entry.amount:
+        nbytes = read_size(text)
+    except ValueError:
+        nbytes = 0
+    if not nbytes:
         problem = f"{text!r} in {line!r} is not a size: write bytes, like 12gb or 500mb"
         raise MachineError(problem, hint=_EXAMPLE)
-    return int(entry.amount)
+    return nbytes
