@@ -22,7 +22,6 @@ __all__ = ["MAX_DEVICES", "DeviceSpec", "LinkSpec", "Spec", "device_name"]
 
 MAX_DEVICES = 16
 _EXAMPLE = "DISTORCH_VGPU=12gb,24gb@4gb/s"
-_SIZE = re.compile(r"[0-9.]+\s*[a-z]+", re.ASCII | re.IGNORECASE)
 _DEVICE = re.compile(
     r"(?P<size>[^@+]+?)\s*(?:@\s*(?P<speed>[^@+]+?)\s*/\s*s)?\s*(?:\+\s*(?P<bus>\w+))?",
     re.ASCII | re.IGNORECASE,
@@ -146,8 +145,10 @@ def _read_bytes(text: str, line: str) -> int:
     try:
         nbytes = read_size(text)
     except ValueError:
-        nbytes = 0
-    if not nbytes:
+        nbytes = -1
+    if nbytes < 0 or text.isdigit():  # without a unit it would be bytes: nobody means that
         problem = f"{text!r} in {line!r} is not a size: write bytes, like 12gb or 500mb"
         raise MachineError(problem, hint=_EXAMPLE)
+    if nbytes == 0:
+        raise MachineError(f"{text!r} in {line!r} is nothing", hint=_EXAMPLE)
     return nbytes
