@@ -171,9 +171,11 @@ class Call {
   static void fill(const std::vector<Tensor>& targets, const torch::jit::Stack& results) {
     for (size_t i = 0; i < targets.size(); i++) {
       const Tensor result = results[i].toTensor();
-      // CPU batch_norm and others leave auxiliary outputs empty that Meta kernels give a size.
-      if (!result.defined() || (result.numel() == 0 && targets[i].numel() > 0)) continue;
-      targets[i].copy_(result);
+      // Of auxiliary outputs (batch_norm's, embedding_bag's) some kernels leave empty what others
+      // give a size.
+      if (result.defined() && (result.numel() == 0) == (targets[i].numel() == 0)) {
+        targets[i].copy_(result);
+      }
     }
   }
 

@@ -87,8 +87,8 @@ inline int64_t attention_choice(const Tensor& query, const Tensor& key, const Te
                                is_causal, scale, enable_gqa);
 }
 
-// Recurrent layers choose fused GPU kernels where the device is not the CPU: they go to the CPU
-// kernel whole, and so have no gradient.
+// Recurrent layers choose other kernels where the device is not the CPU: they go to the CPU whole,
+// and so have no gradient.
 inline void without_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                              torch::jit::Stack* stack) {
   if (at::GradMode::is_enabled()) {
@@ -102,8 +102,10 @@ inline void without_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet 
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
 
-inline constexpr const char* kRecurrent[] = {"lstm.input", "lstm.data", "gru.input",
-                                             "gru.data",   "lstm_cell", "gru_cell"};
+inline constexpr const char* kRecurrent[] = {
+    "lstm.input",     "lstm.data",      "lstm_cell",     "gru.input",       "gru.data",
+    "gru_cell",       "rnn_tanh.input", "rnn_tanh.data", "rnn_tanh_cell",   "rnn_relu.input",
+    "rnn_relu.data",  "rnn_relu_cell"};
 
 inline torch::CppFunction boxed_fallback() {
   return torch::CppFunction::makeFromBoxedFunction<&fallback>();
