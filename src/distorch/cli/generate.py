@@ -48,7 +48,7 @@ def continue_text(
             f"a {type(model).__name__} generates no text",
             hint="a model with a language head, whose class is named ...ForCausalLM",
         )
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise ModelError(
             "the prompt is empty, and this model needs a token to begin with",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,12 +114,35 @@ class Bracket:
         return result if changed else None
 
 
+class _Turn:
+    """A lock that its thread may take again: an interrupt can have kept it from giving it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def take(self) -> None:
+        if self._owner != threading.get_ident():
+            self._lock.acquire()
+            self._owner = threading.get_ident()
+
+    def give_back(self) -> None:
+        if self._owner == threading.get_ident():
+            self._owner = None
+            self._lock.release()
+
+
 def mark_steps(
     module: nn.Module, executor: Executor, brackets: Sequence[Bracket]
 ) -> list[RemovableHandle]:
-    """Tell the executor when a pass of the whole module begins and ends."""
+    """Tell the executor when a pass of the whole module begins and ends.
+
+    Passes of several threads take turns: there is one ring, and one place for each weight.
+    """
+    turn = _Turn()
 
     def begin(_module: nn.Module, _args: Any) -> None:
+        turn.take()
         for bracket in brackets:
             bracket.reset()
         executor.begin_step()
@@ -128,6 +152,7 @@ def mark_steps(
 
     def abandon(_module: nn.Module, _args: Any, _output: Any = None) -> None:
         executor.end_step(complete=False)  # does nothing after a complete one
+        turn.give_back()
 
     return [
         module.register_forward_pre_hook(begin, prepend=True),

@@ -48,16 +48,33 @@ def dequantize(packed: Tensor, form: type[BlockFormat], out: Tensor) -> Tensor:
     >>> dequantize(blocks, BLOCK_FORMATS["Q8_0"], torch.empty(32))[:2]
     tensor([7., 0.])
     """
+    if packed.device.type == "cpu":
+        _decode_on_host(packed, form.name, out)
+    elif packed.device.type == "vgpu":
+        torch.ops.distorch.decode(packed, form.name, out)  # its streams queue what torch calls
+    else:
+        _decode_by_torch(packed, form, out)
+    return out
+
+
+def _decode_on_host(packed: Tensor, name: str, out: Tensor) -> None:
+    form, native = BLOCK_FORMATS[name], _trusted_kernel(name)
+    if native is None:
+        _decode_by_torch(packed, form, out)
+    else:
+        native(packed.data_ptr(), out.data_ptr(), packed.numel() // form.nbytes)
+
+
+def _decode_by_torch(packed: Tensor, form: type[BlockFormat], out: Tensor) -> None:
     num_blocks = packed.numel() // form.nbytes
-    native = _trusted_kernel(form.name) if packed.device.type == "cpu" else None
-    if native is not None:
-        native(packed.data_ptr(), out.data_ptr(), num_blocks)
-        return out
     blocks, decoded = packed.view(num_blocks, form.nbytes), out.view(num_blocks, form.elements)
     for first in range(0, num_blocks, _TILE_BLOCKS):
         tile = slice(first, first + _TILE_BLOCKS)
         decoded[tile] = form.decode(blocks[tile])
-    return out
+
+
+torch.library.define("distorch::decode", "(Tensor packed, str form, Tensor(a!) out) -> ()")
+torch.library.impl("distorch::decode", "CPU", _decode_on_host)
 
 
 @cache
