@@ -69,8 +69,13 @@ class Link:
         self._lock = threading.Lock()
 
     def send(self, memory: Tensor, slot: Tensor, after: torch.Event, ready: torch.Event) -> None:
-        """Queue the copy of ``memory`` into ``slot``: after one event, and then comes the other."""
+        """Queue the copy of ``memory`` into ``slot``: after one event, and then comes the other.
+
+        ``ready`` is still that of the slot's last copy, from a donor of any name: a block that came
+        and was not used is no reader, and this copy waits for it too.
+        """
         self.stream.wait_event(after)
+        self.stream.wait_event(ready)
         began = self._watch.begin(self.stream)
         self._copy(memory, slot)
         self._watch.end(began, self.stream)
