@@ -1,0 +1,102 @@
+"""What runs on accelerators is tested on virtual ones, which tell what races and what leaks.
+
+`DISTORCH_VGPU=2gb,2gb,2gb pytest tests/accelerator` gives the process its devices; without them
+these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from distorch import vgpu
+from distorch.integrations import attach
+from distorch.plan.blocks import Block, cut
+from distorch.tiers import Destination
+from distorch.tiers.disk import DiskTier
+from distorch.tiers.host import HostTier
+from distorch.tiers.sources import MemorySource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_NUM_DEVICES = 3
+_NEEDED = f"DISTORCH_VGPU={','.join(['2gb'] * _NUM_DEVICES)} pytest tests/accelerator"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    line = "vgpu: needs the virtual GPU, DISTORCH_VGPU set; skipped otherwise"
+    config.addinivalue_line("markers", line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.vgpu)
+
+
+@pytest.fixture(autouse=True)
+def _devices() -> Iterator[None]:
+    """Start with fresh devices; end with nothing left on them, in pinned memory, or running."""
+    if not os.environ.get("DISTORCH_VGPU"):
+        pytest.skip(f"needs virtual GPUs: {_NEEDED}")
+    vgpu.install()
+    if len(vgpu.counters().devices) < _NUM_DEVICES:
+        pytest.skip(f"needs three virtual GPUs: {_NEEDED}")
+    vgpu.reset()
+    torch.manual_seed(0)
+    before = left()
+    yield
+    if left() != before:
+        gc.collect()
+    after = left()
+    vgpu.reset()
+    assert after == before, "something is left"
+
+
+def left() -> tuple[list[int], int, list[str]]:
+    """Bytes on each device, bytes pinned, and readers that run."""
+    found = vgpu.counters()
+    readers = [each.name for each in threading.enumerate() if each.name.startswith("distorch")]
+    return [device.live_bytes for device in found.devices], found.pinned_bytes, readers
+
+
+@pytest.fixture(autouse=True)
+def _many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models have many blocks too."""
+    monkeypatch.setattr(attach, "cut", functools.partial(cut, target_bytes=1))
+
+
+@pytest.fixture(autouse=True)
+def _told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The race detector is told what the host writes where copies may still read."""
+
+    def tell(memory: memoryview) -> None:
+        vgpu.host_access(torch.frombuffer(memory, dtype=torch.uint8), write=True)
+
+    def read_from(tier: type[DiskTier | HostTier]) -> None:
+        real = tier.read
+
+        def read(self: DiskTier | HostTier, block: Block, slot: memoryview) -> None:
+            tell(slot)
+            real(self, block, slot)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(tier, "read", read)
+
+    read_from(DiskTier)
+    read_from(HostTier)
+    real = MemorySource.read
+
+    def read(self: MemorySource, wanted: Sequence[Destination]) -> None:
+        for _, memory in wanted:
+            tell(memory)
+        real(self, wanted)
+
+    monkeypatch.setattr(MemorySource, "read", read)

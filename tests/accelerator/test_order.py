@@ -1,0 +1,174 @@
+"""Copies and compute wait for each other, and the host for both where it frees or refills.
+
+Links are slow here, or compute is, so that whatever does not wait is early every time.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distorch import vgpu
+from distorch.integrations.memories import open_stores
+from distorch.run.executor import Executor
+from distorch.tiers import links
+from distorch.tiers.accelerator import AcceleratorTier
+from distorch.tiers.pinned import Pins
+from tests.plan_strategies import contents, equal_blocks, memory_source, streaming_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+DEVICE, PEER = "vgpu:0", "vgpu:1"
+NBYTES, NUM_BLOCKS, NUM_SLOTS = 5000, 9, 3
+SLOW = NBYTES / 5e-3  # bytes/s: five milliseconds a block
+BLOCKS = equal_blocks(NUM_BLOCKS, NBYTES)
+DATA = contents(BLOCKS)
+WAYS = ["pinned", "pageable", "disk", "peer", "relayed"]
+DONORS = {"pinned": "cpu", "pageable": "cpu", "disk": "disk", "peer": PEER, "relayed": PEER}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way into a slot; a block goes through a relay in several pieces."""
+    monkeypatch.setattr(links, "_RELAYED_BYTES", NBYTES // 3)
+    return str(request.param)
+
+
+@contextmanager
+def running(donors: Sequence[str], *, num_slots: int = NUM_SLOTS) -> Iterator[Executor]:
+    """An executor on a device, whose blocks rest on these donors in turn."""
+    plan = streaming_plan(BLOCKS, num_slots=num_slots)
+    placements = tuple(
+        replace(placed, tier=donors[index % len(donors)])
+        for index, placed in enumerate(plan.placements)
+    )
+    plan = replace(plan, compute=DEVICE, placements=placements)
+    pins = Pins("vgpu")
+    stores = open_stores(plan, pins, (), in_place=False)
+    executor = Executor(plan, stores, pins)
+    try:
+        for placed in plan.placements:
+            stores[placed.tier].put(placed.block, memory_source(DATA))
+        yield executor
+    finally:
+        executor.close()
+
+
+@contextmanager
+def behaving(way: str, **settings: Any) -> Iterator[None]:
+    """Devices that raise races, and what this way needs of them."""
+    refused = [(0, 1)] if way == "relayed" else []
+    limit = 0 if way == "pageable" else None
+    with vgpu.settings(races="raise", refuse_peers=refused, pinned_limit_bytes=limit, **settings):
+        yield
+
+
+def slow_links() -> None:
+    for source, target in (("cpu", DEVICE), (PEER, DEVICE), (PEER, "cpu")):
+        vgpu.set_link(source, target, SLOW)
+
+
+def read(executor: Executor, block: int) -> Tensor:
+    """A copy of a block's bytes, made on the current stream."""
+    lease = executor.acquire(block)
+    found = lease.part(0).clone()
+    executor.release(lease)
+    return found
+
+
+def is_right(found: Tensor, block: int) -> bool:
+    return found.cpu().numpy().tobytes() == DATA[BLOCKS[block].parts[0].tensor]
+
+
+@pytest.mark.parametrize("slow", ["links", "compute"])
+def test_a_block_is_there_when_it_is_read_and_until_it_was(way: str, slow: str) -> None:
+    order = [*range(NUM_BLOCKS), 0, 3, 3, 1, 8, *range(NUM_BLOCKS)]
+    if slow == "links":
+        slow_links()
+    with (
+        behaving(way, enqueued=True, op_seconds=5e-3 if slow == "compute" else 0),
+        running([DONORS[way]]) as executor,
+    ):
+        found = [read(executor, block) for block in order]
+        assert all(map(is_right, found, order))
+
+
+@pytest.mark.parametrize("donors", [("cpu", PEER), ("disk", "cpu"), (PEER, "disk", "vgpu:2")])
+def test_a_block_that_came_and_was_not_used_is_waited_for_by_the_next(
+    donors: tuple[str, ...],
+) -> None:
+    slow_links()
+    vgpu.set_link("vgpu:2", DEVICE, SLOW)
+    order = [NUM_BLOCKS - 1, 3, 7, 0, 5, 2, 8, 1, 6]  # nothing that was prefetched is right
+    with behaving("all", enqueued=True), running(donors) as executor:
+        found = [read(executor, block) for block in order]
+        assert all(map(is_right, found, order))
+
+
+def test_the_ring_is_written_after_what_had_its_memory_before(way: str) -> None:
+    """A caching allocator gives memory that a queued kernel still uses to its stream's next."""
+    slow_links()
+    with behaving(way, enqueued=True), running([DONORS[way]]) as executor:
+        assert is_right(read(executor, 0), 0)
+
+
+def test_a_slot_is_refilled_after_readers_on_every_stream(way: str) -> None:
+    """Two streams read one block, and nothing orders one after the other."""
+    streams = [torch.Stream(device=DEVICE) for _ in range(2)]
+    with behaving(way, enqueued=True, op_seconds=5e-3), running([DONORS[way]]) as executor:
+        found = []
+        for block in (*range(NUM_BLOCKS), *range(NUM_BLOCKS)):
+            for stream in streams:
+                with stream:
+                    found.append((read(executor, block), block))
+        torch.accelerator.synchronize(DEVICE)
+        assert all(is_right(each, block) for each, block in found)
+
+
+@pytest.mark.parametrize("slow", ["links", "compute"])
+def test_memory_is_freed_after_the_copies_and_the_readers_of_it(way: str, slow: str) -> None:
+    """The next blocks are under way when an executor is closed, and a side stream still reads."""
+    if slow == "links":
+        slow_links()
+    side = torch.Stream(device=DEVICE)
+    with behaving(way, enqueued=True, op_seconds=5e-3 if slow == "compute" else 0):
+        with running([DONORS[way]]) as executor:
+            with side:
+                found = [read(executor, block) for block in range(4)]
+            assert executor.ring.device == torch.device(DEVICE)
+        del executor
+        torch.accelerator.synchronize(DEVICE)
+        assert all(map(is_right, found, range(4)))
+
+
+def test_a_blocks_bytes_rest_where_they_were_put_when_put_returns() -> None:
+    """Any stream may read them at once, and the next block goes through the same memory."""
+    vgpu.set_link("cpu", PEER, SLOW)
+    with behaving("peer"):
+        pins = Pins("vgpu")
+        tier = AcceleratorTier(PEER, BLOCKS, pins)
+        for block in BLOCKS:
+            tier.put(block, memory_source(DATA))
+        with torch.Stream(device=PEER):
+            found = [tier.memory(block)[: block.parts[0].nbytes].clone() for block in BLOCKS]
+            assert all(map(is_right, found, range(NUM_BLOCKS)))
+        tier.close()
+
+
+def test_the_streams_and_the_device_of_the_caller_are_as_before(way: str) -> None:
+    side = torch.Stream(device=DEVICE)
+    with behaving(way), running([DONORS[way]]) as executor, torch.Stream(device="vgpu:2") as other:
+        with side:
+            for block in range(NUM_BLOCKS):
+                read(executor, block)
+            assert torch.accelerator.current_stream(DEVICE) == side
+        assert torch.accelerator.current_device_index() == 2
+        assert torch.accelerator.current_stream("vgpu:2") == other
+        assert torch.accelerator.current_stream(PEER).stream_id == 0
+        side.synchronize()
