@@ -13,6 +13,8 @@ from functools import partial
 from itertools import combinations, permutations
 from typing import TYPE_CHECKING, Final
 
+from distorch import vgpu
+from distorch._machine_accelerators import read_accelerators, virtual
 from distorch.machine import Link, Tier
 
 if TYPE_CHECKING:
@@ -38,16 +40,14 @@ def accelerators() -> list[Tier]:
     """
     import torch  # noqa: PLC0415  (only a probe needs it)
 
+    if virtual() is not None:
+        vgpu.install()
     kind = torch.accelerator.current_accelerator(check_available=True)
-    memory_of = getattr(getattr(torch, kind.type, None), "mem_get_info", None) if kind else None
-    if kind is None or memory_of is None:
-        return []
-    found = []
-    for index in range(torch.accelerator.device_count()):
-        free_bytes, total_bytes = memory_of(index)
-        name = f"{kind.type}:{index}"
-        found.append(Tier(name=name, capacity_bytes=total_bytes, free_bytes=free_bytes))
-    return found
+    return [
+        Tier(name=name, capacity_bytes=memory.capacity_bytes, free_bytes=memory.free_bytes)
+        for name, memory in read_accelerators().items()
+        if kind is not None and name.startswith(kind.type)
+    ]
 
 
 def wait_for(devices: Iterable[str]) -> None:

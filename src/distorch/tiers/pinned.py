@@ -9,6 +9,7 @@ work, and stop the thread that asks for them.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -29,8 +30,8 @@ _Registration = tuple[Callable[[int, int], None], Callable[[int], None]]
 class Pins:
     """Allocates pinned memory for copies to and from one kind of device, and lets go of it.
 
-    ``kind`` is torch's name of the device type. After the first refusal nothing more is tried, and
-    one line says so: pinned memory is what a machine has least of.
+    ``kind`` is torch's name of the device type. What was refused is not asked for again, nor more
+    than that, and one line says so; less may still be had, such as the buffers to copy through.
 
     >>> pins = Pins("cpu")
     >>> pins.allocate(100).is_pinned()
@@ -41,21 +42,22 @@ class Pins:
         self._kind = kind
         self._registration = _registration(kind)
         self._pinned: dict[int, Tensor] = {}
-        self._refused = kind == "cpu"
+        self._refused_bytes = 0 if kind == "cpu" else sys.maxsize
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return ``nbytes`` of uint8 in host memory, pinned where that can be had."""
-        if not nbytes or self._refused:
+        if not nbytes or nbytes >= self._refused_bytes:
             return allocate_pages(nbytes)
         try:
             memory = self._pin(nbytes)
         except RuntimeError as error:
-            self._refused = True
-            _log.warning(
-                "no more pinned memory (%s): what is left of the weights in host RAM is copied "
-                "through two buffers, more slowly",
-                str(error).partition("\n")[0],
-            )
+            if self._refused_bytes == sys.maxsize:
+                _log.warning(
+                    "no more pinned memory (%s): what is left of the weights in host RAM is "
+                    "copied through small buffers, by a thread",
+                    str(error).partition("\n")[0],
+                )
+            self._refused_bytes = nbytes
             return allocate_pages(nbytes)
         self._pinned[memory.data_ptr()] = memory
         return memory
