@@ -244,14 +244,30 @@ def test_gradients_are_the_cpus(name: str) -> None:
         assert_same(one, other)
 
 
-def test_autocast_uses_torchs_lists() -> None:
-    linear = nn.Linear(8, 8).to(DEVICE)
+AUTOCAST: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
+    "linear": (lambda x: functional.linear(x, x), torch.bfloat16),
+    "conv1d": (lambda x: functional.conv1d(x[None], x[:, :, None]), torch.bfloat16),
+    "sdpa": (
+        lambda x: functional.scaled_dot_product_attention(x[None], x[None], x[None]),
+        torch.bfloat16,
+    ),
+    "einsum": (lambda x: torch.einsum("ij,kj->ik", x, x), torch.bfloat16),
+    "add": (lambda x: x.bfloat16() + x.bfloat16(), torch.bfloat16),
+    "layer_norm": (lambda x: functional.layer_norm(x.bfloat16(), (8,)), torch.float32),
+    "softmax": (lambda x: (x @ x).softmax(-1), torch.float32),
+    "softmax of a dtype": (lambda x: x.softmax(-1, dtype=torch.bfloat16), torch.bfloat16),
+    "norm": (lambda x: (x @ x).norm(), torch.float32),
+    "widest": (lambda x: torch.addcmul(x.bfloat16(), x, x.bfloat16()), torch.float32),
+    "double": (lambda x: x.double() @ x.double(), torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast_uses_torchs_lists(name: str) -> None:
+    function, dtype = AUTOCAST[name]
     x = randn(8, 8, device=DEVICE)
     with torch.no_grad(), torch.autocast("vgpu", dtype=torch.bfloat16):
-        assert linear(x).dtype == torch.bfloat16
-        assert functional.conv1d(x[None], x[:, :, None]).dtype == torch.bfloat16
-        assert functional.layer_norm(x.bfloat16(), (8,)).dtype == torch.float32
-        assert (x @ x.t()).softmax(-1).dtype == torch.float32
+        assert function(x).dtype == dtype
 
 
 def test_one_seed_gives_the_numbers_of_the_cpu() -> None:

@@ -1,10 +1,10 @@
 // What is registered with torch's dispatcher.
 #pragma once
 
+#include "autocast.h"
 #include "copies.h"
 #include "fallback.h"
 
-#include <ATen/ATen.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
@@ -175,23 +175,15 @@ TORCH_LIBRARY_IMPL(aten, Negative, library) {
   library.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }
 
-// Autocast: torch's own lists.
+// What is in no list computes in the dtypes it is given.
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFallthrough());
 }
 
-#define VGPU_LOWER(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
-#define VGPU_FP32(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
-#define VGPU_FP32_SET_DTYPE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
-#define VGPU_PROMOTE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
-
-TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
-  using namespace at;  // torch's macros expect it
-  AT_FORALL_LOWER_PRECISION_FP(VGPU_LOWER)
-  AT_FORALL_FP32(VGPU_FP32)
-  AT_FORALL_FP32_SET_OPT_DTYPE(VGPU_FP32_SET_DTYPE)
-  AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE(KERNEL_DIFFERENT_REDISPATCH_SIGNATURE_PRIVATEUSEONE)
-  AT_FORALL_PROMOTE(VGPU_PROMOTE)
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, library) {
+  vgpu::register_autocast<vgpu::Cast::lower>(library, vgpu::kLowerPrecision);
+  vgpu::register_autocast<vgpu::Cast::full>(library, vgpu::kFullPrecision);
+  vgpu::register_autocast<vgpu::Cast::widest>(library, vgpu::kWidestInput);
 }
 
 }  // namespace

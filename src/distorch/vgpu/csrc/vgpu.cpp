@@ -12,7 +12,8 @@
 //   alias       the same bytes seen as CPU tensors;  compute: where kernels run
 //   fallback    an operator by its CPU kernel;  shapes: what it will return
 //   copies      within a device, to and from the host, between devices
-//   guard       what torch asks of a backend;  operators: what is registered
+//   guard       what torch asks of a backend;  generator: random numbers;  autocast
+//   operators   what is registered
 
 #include "operators.h"
 
