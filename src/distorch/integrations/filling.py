@@ -74,6 +74,9 @@ def fill(
         for name in emptied:
             _read_back(originals[name], plan, stores)
         raise
+    for store in stores.values():
+        if isinstance(store, AcceleratorTier):
+            store.settle()
 
 
 def _stays(block: Block, kept: Collection[str]) -> bool:
