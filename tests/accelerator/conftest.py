@@ -25,15 +25,10 @@ from distorch.tiers.host import HostTier
 from distorch.tiers.sources import MemorySource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
 _NUM_DEVICES = 3
 _NEEDED = f"DISTORCH_VGPU={','.join(['2gb'] * _NUM_DEVICES)} pytest tests/accelerator"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    line = "vgpu: needs the virtual GPU, DISTORCH_VGPU set; skipped otherwise"
-    config.addinivalue_line("markers", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,8 +37,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.vgpu)
 
 
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_failed] = item.stash.get(_failed, False) or call.excinfo is not None
+    return report
+
+
 @pytest.fixture(autouse=True)
-def _devices() -> Iterator[None]:
+def _devices(request: pytest.FixtureRequest) -> Iterator[None]:
     """Start with fresh devices; end with nothing left on them, in pinned memory, or running."""
     if not os.environ.get("DISTORCH_VGPU"):
         pytest.skip(f"needs virtual GPUs: {_NEEDED}")
@@ -52,13 +59,19 @@ def _devices() -> Iterator[None]:
         pytest.skip(f"needs three virtual GPUs: {_NEEDED}")
     vgpu.reset()
     torch.manual_seed(0)
+    if left() != NOTHING:
+        gc.collect()  # what a test before has left when it failed
     before = left()
     yield
     if left() != before:
         gc.collect()
     after = left()
     vgpu.reset()
-    assert after == before, "something is left"
+    if not request.node.stash.get(_failed, False):  # else its traceback holds what it made
+        assert after == before, "something is left"
+
+
+NOTHING = [0] * _NUM_DEVICES, 0, list[str]()
 
 
 def left() -> tuple[list[int], int, list[str]]:

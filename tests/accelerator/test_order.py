@@ -119,14 +119,19 @@ def test_the_ring_is_written_after_what_had_its_memory_before(way: str) -> None:
 
 
 def test_a_slot_is_refilled_after_readers_on_every_stream(way: str) -> None:
-    """Two streams read one block, and nothing orders one after the other."""
+    """Two streams hold one block, and nothing orders the reads of one after the other's."""
     streams = [torch.Stream(device=DEVICE) for _ in range(2)]
     with behaving(way, enqueued=True, op_seconds=5e-3), running([DONORS[way]]) as executor:
         found = []
         for block in (*range(NUM_BLOCKS), *range(NUM_BLOCKS)):
+            leases = []
             for stream in streams:
                 with stream:
-                    found.append((read(executor, block), block))
+                    leases.append(executor.acquire(block))
+                    found.append((leases[-1].part(0).clone(), block))
+            for stream, lease in zip(streams, leases, strict=True):
+                with stream:
+                    executor.release(lease)
         torch.accelerator.synchronize(DEVICE)
         assert all(is_right(each, block) for each, block in found)
 

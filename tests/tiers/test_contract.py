@@ -1,33 +1,45 @@
-"""The contract of a tier, on every memory that this machine has without an accelerator."""
+"""The contract of a tier, on every memory: the host's, pinned or not, disks, accelerators."""
 
 from __future__ import annotations
 
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from distorch import vgpu
 from distorch.errors import StorageError
 from distorch.formats import TensorInfo
 from distorch.plan.blocks import Block, Part
 from distorch.tiers import Copied, Destination, Lying, Source, Store
+from distorch.tiers.accelerator import AcceleratorTier
 from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier
 from distorch.tiers.memory import allocate, allocate_pages, view_bytes
 from distorch.tiers.null import NullTier
+from distorch.tiers.pinned import Pins
 from distorch.tiers.sources import FileSource
 from tests.plan_strategies import contents, equal_blocks, many_parts, memory_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 GUARD = 0xA5
-KINDS = ["null", "host", "disk in place", "disk spill"]
+KINDS = [
+    "null",
+    "host",
+    "disk in place",
+    "disk spill",
+    pytest.param("pinned host", marks=pytest.mark.vgpu),
+    pytest.param("vgpu", marks=pytest.mark.vgpu),
+]
 
 
 @dataclass
@@ -39,6 +51,8 @@ class Memory:
     blocks: tuple[Block, ...]
     data: Mapping[str, bytes]
     moves: bool
+    open_tier: Callable[[Sequence[Block]], Store]
+    is_direct: bool = False
     left: bool = False
 
     def expected(self, part: Part) -> bytes:
@@ -95,24 +109,47 @@ def _file_source(data: Mapping[str, bytes], path: Path) -> FileSource:
     return FileSource(infos)
 
 
+def _open_tier(kind: str, folder: Path, blocks: Sequence[Block]) -> Store:
+    """Return an empty tier for these blocks."""
+    tiers: dict[str, Callable[[], Store]] = {
+        "null": lambda: NullTier("null"),
+        "host": lambda: HostTier("cpu"),
+        "disk in place": lambda: DiskTier("disk"),
+        "disk spill": lambda: DiskTier("disk", folder),
+        "pinned host": lambda: HostTier("cpu", blocks, Pins("vgpu")),
+        "vgpu": lambda: AcceleratorTier("vgpu:0", blocks, Pins("vgpu")),
+    }
+    return tiers[kind]()
+
+
+def _bytes_left() -> list[int]:
+    """Bytes on virtual devices and in pinned memory."""
+    if not vgpu.is_installed():
+        return []
+    found = vgpu.counters()
+    return [*(device.live_bytes for device in found.devices), found.pinned_bytes]
+
+
 @pytest.fixture(params=KINDS)
 def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Memory]:
     kind = request.param
+    is_direct = kind in {"pinned host", "vgpu"}
+    if is_direct:
+        if not os.environ.get("DISTORCH_VGPU"):
+            pytest.skip("needs a virtual GPU: DISTORCH_VGPU=2gb,2gb,2gb pytest tests/tiers")
+        vgpu.install()
+    before = _bytes_left()
     blocks = (*many_parts(6), *_row_runs())
     data = contents(blocks)
     source: Source = memory_source(data)
-    tier: Store
-    if kind == "null":
-        tier = NullTier("null")
-    elif kind == "host":
-        tier = HostTier("cpu")
-    elif kind == "disk in place":
-        tier, source = DiskTier("disk"), _file_source(data, tmp_path / "weights")
-    else:
-        tier = DiskTier("disk", tmp_path)
-    yield Memory(tier, source, blocks, data, moves=kind != "null")
-    tier.close()
+    if kind == "disk in place":
+        source = _file_source(data, tmp_path / "weights")
+    open_tier = partial(_open_tier, kind, tmp_path)
+    made = Memory(open_tier(blocks), source, blocks, data, kind != "null", open_tier, is_direct)
+    yield made
+    made.tier.close()
     source.close()
+    assert _bytes_left() == before
 
 
 def test_it_counts_the_bytes_at_rest(memory: Memory) -> None:
@@ -128,6 +165,16 @@ def test_every_part_comes_back_at_its_offset(memory: Memory) -> None:
     memory.fill()
     for block in reversed(memory.blocks):
         assert memory.is_right(block, memory.read(block))
+
+
+def test_what_a_device_copies_by_itself_is_the_block_as_it_is_laid_out(memory: Memory) -> None:
+    memory.fill()
+    for block in memory.blocks:
+        flat = memory.tier.direct(block)
+        assert (flat is not None) == memory.is_direct
+        if flat is not None:
+            assert flat.numel() == block.nbytes
+            assert memory.is_right(block, view_bytes(flat.cpu()), left=False)
 
 
 def test_nothing_behind_the_slot_is_written(memory: Memory) -> None:
@@ -158,7 +205,8 @@ def test_forgetting_a_block_leaves_it_readable(memory: Memory) -> None:
 def test_large_blocks_come_back_the_same_read_or_in_place(memory: Memory, tmp_path: Path) -> None:
     blocks = equal_blocks(5, 200_000)
     data = contents(blocks, seed=1)
-    large = Memory(memory.tier, memory_source(data), blocks, data, memory.moves)
+    tier = memory.open_tier(blocks)
+    large = Memory(tier, memory_source(data), blocks, data, memory.moves, memory.open_tier)
     if isinstance(memory.source, FileSource):
         large.source = _file_source(data, tmp_path / "large")
     large.fill()
