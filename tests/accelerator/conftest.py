@@ -65,10 +65,11 @@ def _devices(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if left() != before:
         gc.collect()
-    after = left()
+    after, num_races = left(), vgpu.counters().num_races
     vgpu.reset()
     if not request.node.stash.get(_failed, False):  # else its traceback holds what it made
         assert after == before, "something is left"
+        assert num_races == 0, "memory was freed too early"
 
 
 NOTHING = [0] * _NUM_DEVICES, 0, list[str]()

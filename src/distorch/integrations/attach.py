@@ -292,6 +292,7 @@ class Handle:
 
     def _take_off(self, *, restore: bool) -> None:
         executor = self._running()
+        executor.wait()  # for buffers that are still written, and weights that are still read
         for hook in self._hooks:
             hook.remove()
         for bracket in self._brackets:  # an interrupted pass may have left it pointing at a slot

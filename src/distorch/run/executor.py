@@ -163,6 +163,10 @@ class Executor:
         """Return the counters so far."""
         return self._readers.stats()
 
+    def wait(self) -> None:
+        """Wait until the device has computed what it was asked to, on every stream."""
+        self._slots.wait()
+
     def close(self) -> None:
         """Stop the readers and let go of every block, slot and file."""
         self._finalizer()

@@ -74,8 +74,11 @@ class Slots(Protocol):
     def times(self) -> Times | None:
         """What a device says that its steps took; None: the host's own clock knows."""
 
+    def wait(self) -> None:
+        """Wait for what is computed, on every stream, and for what is on its way."""
+
     def close(self) -> None:
-        """Wait for what is under way, and free the memory."""
+        """Wait, and free the memory."""
 
 
 def open_slots(ring: Ring, compute: str, pins: Pins) -> Slots:
@@ -133,6 +136,9 @@ class HostSlots:
 
     def times(self) -> None:
         """The host's own clock knows."""
+
+    def wait(self) -> None:
+        """What was computed on the host is done."""
 
     def close(self) -> None:
         """Free the memory."""
@@ -228,13 +234,16 @@ class DeviceSlots:
             transfer_seconds=max((link.seconds() for link in self._links.values()), default=0.0),
         )
 
+    def wait(self) -> None:
+        """Wait for the device; one that is gone has nothing to wait for."""
+        with suppress(RuntimeError):
+            torch.accelerator.synchronize(self._device)
+
     def close(self) -> None:
-        """Wait for the device, and free the memory; one that is gone has nothing to wait for."""
+        """Wait, and free the memory."""
+        self.wait()  # also for streams of the caller's, which read what rests on the device
         for link in self._links.values():
             link.close()
-        for event in self._free:
-            with suppress(RuntimeError):
-                event.synchronize()
         self._links.clear()
         self._slots = []
         self.memory = torch.empty(0, dtype=torch.uint8)

@@ -100,8 +100,7 @@ class Link:
         return self._watch.seconds()
 
     def close(self) -> None:
-        """Wait for what is under way, and free what it passes through."""
-        _drain(self.stream)
+        """Free what blocks pass through; the device that computes has been waited for."""
         self._free([staged.memory for staged in self._staged])
         self._staged.clear()
 
@@ -141,7 +140,8 @@ class _PeerLink(Link):
             slot.copy_(memory, non_blocking=True)
 
     def close(self) -> None:
-        _drain(self._source)
+        with suppress(RuntimeError):  # the device may be gone, and then the donor still copies
+            self._source.synchronize()
         super().close()
 
 
@@ -177,9 +177,3 @@ class _RelayedLink(_PeerLink):
         super().close()
         self._free([staged.memory for staged, _ in self._buffers])
         self._buffers.clear()
-
-
-def _drain(stream: torch.Stream) -> None:
-    """Wait for what is queued; a device that is gone has nothing to wait for."""
-    with suppress(RuntimeError):
-        stream.synchronize()
