@@ -43,6 +43,7 @@ class PinnedMemory {
     const HostBlockRef before = below(address(block->data) + block->nbytes);
     TORCH_CHECK(!before || address(before->data) + before->nbytes <= address(block->data),
                 "vgpu: these bytes, or some of them, are pinned or registered already");
+    check_budget(block->nbytes);
     live_bytes += block->nbytes;
     peak_bytes = std::max(peak_bytes.load(), live_bytes.load());
     blocks_[address(block->data)] = std::move(block);
@@ -92,9 +93,9 @@ inline void register_memory(void* data, size_t nbytes) {
   pinned.add(std::make_shared<HostBlock>(static_cast<char*>(data), nbytes, true));
 }
 
-// Waits for the copies that use the memory.
+// Waits for the copies that use the memory. At the end of the process none is left.
 inline void unregister_memory(void* data) {
-  check_process();
+  if (is_forked || is_stopping) return;
   const HostBlockRef block = pinned.find(data, 1);
   TORCH_CHECK(block && block->is_registered && block->data == data,
               "vgpu: no registered memory begins at this address");

@@ -86,7 +86,11 @@ inline void free_block(void* context) {
   if (!wrong.empty() && settings.races == kRacesRaise) {
     set_error(block->stream.device, "vgpu race: " + wrong);  // destructors cannot raise
   }
-  if (settings.poison && block.use_count() > 1) poison_freed(block);
+  if (!settings.poison || block.use_count() == 1) return;
+  try {
+    poison_freed(block);
+  } catch (const std::exception&) {  // the process is ending: nobody reads any more
+  }
 }
 
 inline BlockRef block_of(const c10::Storage& storage) {

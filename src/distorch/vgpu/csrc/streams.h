@@ -129,6 +129,8 @@ inline void run_task(StreamId stream, const std::function<void()>& work) noexcep
     set_error(stream.device, error.what_without_backtrace());
   } catch (const std::exception& error) {
     set_error(stream.device, error.what());
+  } catch (...) {
+    set_error(stream.device, "vgpu: an operation failed without saying why");
   }
 }
 
