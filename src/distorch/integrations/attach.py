@@ -210,6 +210,7 @@ class Handle:
         self.plan, self._executor, self._request = plan, executor, request
         self._hooks = self._put_on(executor, kept)
         self._companions = Companions(self._module, executor.device)
+        executor.wait()  # any stream may read them: what comes from another device is only queued
         self._module.__dict__[_ATTRIBUTE] = self
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
