@@ -13,11 +13,6 @@ from distorch.vgpu.library import call
 NEEDED = "DISTORCH_VGPU=2gb,2gb,2gb pytest tests/vgpu"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    line = "vgpu: needs the virtual GPU, DISTORCH_VGPU set; skipped otherwise"
-    config.addinivalue_line("markers", line)
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("vgpu") and not os.environ.get("DISTORCH_VGPU"):
         pytest.skip(f"needs virtual GPUs: {NEEDED}")
