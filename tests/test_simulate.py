@@ -96,6 +96,14 @@ def test_spans_of_a_lane_do_not_overlap_and_fill_the_step(
     assert busy == pytest.approx(found.step_seconds, rel=1e-6, abs=1e-9)
 
 
+def test_a_step_is_one_of_those_that_repeat_not_one_that_still_has_a_head_start() -> None:
+    sizes = [8 * MIB] * 4 + [80 * MIB]
+    profile = profile_of(sizes, [0.0, 0.0, 0.0, 0.0, 0.01])
+    machine = machine_of({"cpu": 100.0 * MIB})
+    plan = streamed(profile, num_slots=4)
+    assert played(profile, plan, machine).step_seconds == pytest.approx(112 / 100, rel=CLOSE)
+
+
 def test_a_ring_that_holds_all_visitors_moves_nothing_after_the_first_step() -> None:
     profile = profile_of([MIB] * 3, [0.5] * 3)
     machine = machine_of({"cpu": 1.0 * MIB})

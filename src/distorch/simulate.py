@@ -26,8 +26,11 @@ __all__ = ["Overlap", "Span", "Timeline", "best_plan", "predict", "simulate", "t
 Overlap = Literal["ring", "one ahead", "none"]
 """How copies meet compute: ours; the next block only, from scratch each step; or not at all."""
 
-_WARM_STEPS = 2  # then each step is like the one before
-_STEPS = 2
+_MANY_VISITS = 4000  # of blocks; by then steps repeat, but for very few plans
+_FEWEST_STEPS = 4
+_ALIKE = 1e-10  # of a second, or of a block: moments that differ by no more are the same
+_Moment = tuple[frozenset[int | None], tuple[int, ...], tuple[float, ...]]
+"""Which blocks are here; which are under way; what is left of each: latency, part of its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ def best_plan(
         seconds=lambda plan: simulate(plan, seconds, machine).step_seconds,
         least_seconds=sum(seconds),
         reserve_bytes=profile.activation_bytes,
+        block_seconds=seconds,
     )
     plan = make_plan(
         profile.blocks, allocation, machine, compute=compute, ring_bytes=ring_bytes, judge=judge
@@ -158,13 +162,10 @@ def simulate(
     [4.0, 8.0]
     """
     run = _Run(plan, seconds, Transfers(machine, plan.compute), overlap)
-    for _ in range(_WARM_STEPS):
+    step_seconds, waited_seconds = _repeated(run, len(plan.streamed_order))
+    began, run.trace = run.clock, trace
+    for _ in range(_FEWEST_STEPS if trace else 0):
         run.step()
-    began, waited = run.clock, run.waited
-    run.trace = trace
-    for _ in range(_STEPS):
-        run.step()
-    step_seconds = (run.clock - began) / _STEPS
     shown = (
         replace(span, begin=span.begin - began, end=span.end - began)
         for span in run.spans
@@ -172,9 +173,34 @@ def simulate(
     )
     return Timeline(
         step_seconds=step_seconds,
-        waited_seconds=(run.waited - waited) / _STEPS,
+        waited_seconds=waited_seconds,
         spans=tuple(sorted(shown, key=lambda span: (span.lane, span.begin))),
     )
+
+
+def _repeated(run: _Run, num_visits: int) -> tuple[float, float]:
+    """Play until a step ends as an earlier one did: the steps between repeat for ever.
+
+    Return the seconds that such a step takes, and those that it waits, on average. Steps that do
+    not repeat soon (of very many blocks, or where two limits are all but equal) are averaged.
+    """
+    past: list[tuple[float, float]] = []
+    moments: list[_Moment] = []
+    since = None
+    while since is None and len(past) < max(_FEWEST_STEPS, _MANY_VISITS // max(num_visits, 1)):
+        run.step()
+        now = run.moment()
+        since = next((n for n, moment in enumerate(moments) if _are_alike(moment, now)), None)
+        moments.append(now)
+        past.append((run.clock, run.waited))
+    since = len(past) // 2 - 1 if since is None else since
+    steps = len(past) - 1 - since
+    return (run.clock - past[since][0]) / steps, (run.waited - past[since][1]) / steps
+
+
+def _are_alike(one: _Moment, other: _Moment) -> bool:
+    same = one[:2] == other[:2]
+    return same and all(abs(a - b) <= _ALIKE for a, b in zip(one[2], other[2], strict=True))
 
 
 class _Run:
@@ -187,6 +213,7 @@ class _Run:
         self.waited = 0.0
         self.trace = False
         self.spans: list[Span] = []
+        self._under_way: dict[int, Transfer] = {}
         self._plan = plan
         self._transfers = transfers
         self._overlap = overlap
@@ -205,6 +232,7 @@ class _Run:
         """Run all blocks once."""
         if self._overlap == "one ahead":
             self._schedule, self._transfers = self._fresh(), self._transfers.fresh()
+            self._under_way.clear()
         self._schedule.begin_step()
         for index, visits, seconds in self._visits if self.trace else self._merged:
             slot = self._acquire(index) if visits else None
@@ -213,6 +241,15 @@ class _Run:
                 self._schedule.release(slot)
                 self._dispatch()
         self._schedule.end_step(complete=True)
+
+    def moment(self) -> _Moment:
+        """Say how things stand."""
+        placements = self._plan.placements
+        here = frozenset(slot.block for slot in self._schedule.slots if slot.arrived)
+        left: list[float] = []
+        for index, each in self._under_way.items():
+            left += each.left_seconds, each.left_bytes / max(placements[index].block.nbytes, 1)
+        return here, tuple(self._under_way), tuple(left)
 
     def _acquire(self, index: int) -> int:
         began = self.clock
@@ -235,16 +272,16 @@ class _Run:
         self._note(lane, index, began, until)
 
     def _arrive(self, at: float, arrived: Transfer) -> None:
+        del self._under_way[arrived.block]
         self._schedule.arrived(arrived.slot)
         self._note(arrived.tier, arrived.block, arrived.began, at)
 
     def _dispatch(self) -> None:
         while (fetch := self._schedule.next_fetch()) is not None:
             placement = self._plan.placements[fetch.block]
-            self._transfers.send(
-                Transfer(placement.tier, fetch.block, fetch.slot, placement.block.nbytes),
-                self.clock,
-            )
+            transfer = Transfer(placement.tier, fetch.block, fetch.slot, placement.block.nbytes)
+            self._under_way[fetch.block] = transfer
+            self._transfers.send(transfer, self.clock)
 
     def _note(self, lane: str, block: int, begin: float, end: float) -> None:
         if self.trace and end > begin:
