@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from distorch.allocation import Allocation
@@ -13,7 +13,14 @@ from distorch.machine import Machine
 from distorch.plan.cost import Profile, block_seconds, bound
 from distorch.plan.plan import Placement, Plan
 from distorch.plan.planner import make_plan
-from distorch.plan.search import deal, resident_sets, shares_by_speed, spread
+from distorch.plan.search import (
+    deal,
+    least_dealt,
+    resident_sets,
+    share_steps,
+    shares_by_speed,
+    spread,
+)
 from distorch.simulate import predict, simulate
 from tests.cost_strategies import (
     GIB,
@@ -26,14 +33,16 @@ from tests.cost_strategies import (
 )
 
 ROUNDING = 1 + 1e-9
+UNEVEN = profile_of([n * MIB for n in (28, 28, 32, 32, 32, 28, 32, 28, 28)], [0.023] * 9)
+CLOSE = 1e-6  # bytes, of sums of fractions
 INSTANT = 1e-9  # seconds: rounding of sums, where the whole step takes next to nothing
 
 
 def planned(profile: Profile, line: str, machine: Machine) -> Plan:
     """Plan with a judge."""
-    return make_plan(
-        profile.blocks, Allocation.parse(line), machine, judge=judge_of(profile, machine)
-    )
+    seconds = block_seconds(profile, machine.compute("cuda:0"))
+    judge = replace(judge_of(profile, machine), block_seconds=seconds)
+    return make_plan(profile.blocks, Allocation.parse(line), machine, judge=judge)
 
 
 def predicted(profile: Profile, line: str, machine: Machine) -> float:
@@ -111,6 +120,53 @@ def test_a_faster_link_never_predicts_slower(
 
 
 @settings(max_examples=500, deadline=None)
+@given(profiles(), st.integers(32, 640), st.integers(32, 640), speeds, speeds, st.booleans())
+def test_more_budget_never_predicts_slower_with_two_donors(
+    profile: Profile,
+    one: int,
+    other: int,
+    host: float,
+    peer: float,
+    shared: bool,  # noqa: FBT001
+) -> None:
+    slow, fast = (
+        by_auto(profile, {"cuda:1": peer, "cpu": host}, room_mib, shared=shared)
+        for room_mib in sorted((one, other))
+    )
+    assert fast <= slow * ROUNDING + INSTANT
+
+
+@settings(max_examples=500, deadline=None)
+@example(profile_of([24 * MIB] * 4, [0.013] * 4), 66, 256.0 * MIB, 304.0 * MIB, 448.0 * MIB, False)  # noqa: FBT003
+@example(UNEVEN, 81, 656.0 * MIB, 880.0 * MIB, 208.0 * MIB, False)  # noqa: FBT003
+@given(profiles(), st.integers(32, 640), speeds, speeds, speeds, st.booleans())
+def test_a_faster_link_never_predicts_slower_with_two_donors(
+    profile: Profile,
+    room_mib: int,
+    one: float,
+    other: float,
+    second: float,
+    shared: bool,  # noqa: FBT001
+) -> None:
+    slow, fast = (
+        by_auto(profile, {"cuda:1": first, "cpu": second}, room_mib, shared=shared)
+        for first in sorted((one, other))
+    )
+    assert fast <= slow * ROUNDING + INSTANT
+
+
+def by_auto(profile: Profile, donors: dict[str, float], room_mib: int, *, shared: bool) -> float:
+    """Seconds a step by ``auto``, with little room on the second GPU, perhaps all on one bus."""
+    free = {"cuda:0": room_mib * MIB, "cuda:1": 200 * MIB}
+    machine = machine_of(donors, free=free, bus="pcie" if shared else "")
+    try:
+        return predicted(profile, "auto", machine)
+    except AllocationError:
+        return float("inf")
+
+
+@settings(max_examples=500, deadline=None)
+@example(profile_of([n * MIB for n in (1, 7, 2, 1, 1, 7)], [0.0] * 6), 3, 16.0 * MIB)
 @given(profiles(), st.integers(0, 640), speeds)
 def test_a_line_is_never_worse_than_contiguous_nor_than_evenly_spaced(
     profile: Profile, budget_mib: int, speed: float
@@ -249,6 +305,27 @@ def test_shares_fit_their_rooms_and_blocks_are_dealt_once(
             assert sum(sizes[i] for i, tier in tiers.items() if tier == name) <= room
 
 
+@given(
+    st.lists(st.integers(0, 64), min_size=1, max_size=60),
+    st.lists(st.integers(0, 4000), min_size=1, max_size=4),
+    st.sampled_from((1, 32, 200)),
+)
+def test_shares_in_steps_fit_their_rooms_and_blocks_dealt_by_them_reach_the_least(
+    sizes_list: list[int], rooms_list: list[int], most: int
+) -> None:
+    sizes, rooms = dict(enumerate(sizes_list)), {f"d{n}": r for n, r in enumerate(rooms_list)}
+    found = share_steps(sizes_list, rooms, most)
+    assert len(found) <= max(most, len(rooms))
+    for shares in found:
+        assert all(shares[name] <= rooms[name] for name in rooms)
+        assert 0 <= sum(sizes_list) - sum(shares.values()) < len(rooms)
+        least = least_dealt(sizes, shares, rooms)
+        tiers = deal(sizes, shares, rooms)
+        for name in rooms if tiers is not None else ():
+            held = sum(sizes[index] for index, tier in (tiers or {}).items() if tier == name)
+            assert held >= least[name] - CLOSE
+
+
 def test_a_disk_behind_the_host_is_used_only_where_the_host_has_no_room() -> None:
     lanes = {
         "cpu": {"cpu->cuda:0": 25e9},
@@ -264,7 +341,8 @@ def test_a_large_model_over_many_donors_is_planned_soon() -> None:
     donors = {f"cuda:{number}": 1e9 * number for number in (1, 2, 3)} | {"cpu": 25e9}
     machine = machine_of(donors, free={"cuda:0": 4 * GIB, "cuda:1": 2 * GIB, "cuda:2": 2 * GIB})
     judged: list[Plan] = []
-    judge = judge_of(profile, machine)
+    seconds = block_seconds(profile, machine.compute("cuda:0"))
+    judge = replace(judge_of(profile, machine), block_seconds=seconds)
 
     def count(plan: Plan) -> float:
         judged.append(plan)

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from distorch.allocation import Allocation, Resolved
-from distorch.errors import AllocationError, MachineError
+from distorch.errors import AllocationError
 from distorch.machine import Machine
+from distorch.plan.auto import auto_plan
 from distorch.plan.blocks import Block
-from distorch.plan.cost import lanes
-from distorch.plan.plan import Placement, Plan, Ring, gib
-from distorch.plan.rings import rings, usual_ring
-from distorch.plan.search import TINY_BYTES, deal, resident_sets, shares_by_speed, spread
+from distorch.plan.judge import Best, Judge, assemble
+from distorch.plan.plan import Plan, gib
+from distorch.plan.rings import rings
+from distorch.plan.search import TINY_BYTES, resident_sets, spread
 
 __all__ = ["Judge", "check_room", "make_plan"]
 
-_ROUNDING = 1 + 1e-9
 _RING_PART = 8  # beside a line's amount, a ring may take one part in so many of the model
-_MANY_VISITS = 6000  # of blocks, in all the plans that are judged: a second, about
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judge:
-    """Says how many seconds a step of a plan takes, so that the best of several can be chosen.
-
-    ``least_seconds`` is what no plan goes below; ``reserve_bytes`` are what the compute device
-    needs beside weights and ring (activations).
-    """
-
-    seconds: Callable[[Plan], float]
-    least_seconds: float = 0.0
-    reserve_bytes: int = 0
 
 
 def make_plan(
@@ -51,7 +35,7 @@ def make_plan(
     ``ring_bytes`` bounds the ring; by default it has four slots of the largest streamed block, or
     three where that is large, and one for each block that is held while others visit. With a
     ``judge``, several placements and rings are tried, and the fastest is returned; ``auto`` then
-    gives each donor bytes in proportion to the speed of its links.
+    gives donors the bytes that make the step shortest.
 
     Raises:
         AllocationError: the line does not fit the machine, or the ring is too small for a block.
@@ -69,30 +53,28 @@ def make_plan(
     """
     job = _Job(tuple(blocks), allocation, machine, ring_bytes, judge)
     if allocation.mode == "auto" and judge is not None:
-        plan = _best(job.auto(compute), judge)
+        device = allocation.resolve(0, machine, compute).compute
+        plan = auto_plan(blocks, machine, device, ring_bytes, judge)
         if plan is None:
-            raise job.too_small(compute)
+            raise job.too_small(device)
     else:
         model_bytes = sum(block.nbytes for block in blocks)
         resolved = allocation.resolve(model_bytes, machine, compute)
         made = job.by_line(resolved)
-        plan = next(made) if judge is None else _best(made, judge)
+        plan = next(made) if judge is None else _fastest(made, judge, len(blocks))
         assert plan is not None, "a line that resolves has a plan"
     check_room(plan, machine, judge.reserve_bytes if judge else 0)
     return plan
 
 
-def _best(plans: Iterable[Plan], judge: Judge) -> Plan | None:
-    """Return the fastest, the first of equals; stop at one that nothing can beat."""
-    best, best_seconds, visits = None, float("inf"), 0
+def _fastest(plans: Iterable[Plan], judge: Judge, num_blocks: int) -> Plan | None:
+    """Return the fastest; stop at one that nothing can beat."""
+    best = Best(judge, num_blocks)
     for plan in plans:
-        seconds = judge.seconds(plan)
-        if seconds < best_seconds:
-            best, best_seconds = plan, seconds
-        visits += len(plan.streamed_order)
-        if seconds <= judge.least_seconds * _ROUNDING or visits > _MANY_VISITS:
+        best.offer(plan)
+        if best.is_final:
             break
-    return best
+    return best.plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,59 +106,11 @@ class _Job:
             tried = rings(visitors, self.ring_bytes, several=self.judge is not None)
             for number, ring in enumerate(tried):
                 if not number or ring.nbytes <= most_bytes:
-                    yield self._plan(resolved.compute, tiers, ring, resolved.notes + notes)
+                    line, notes_of_all = str(self.allocation), resolved.notes + notes
+                    yield assemble(self.blocks, line, resolved.compute, tiers, ring, notes_of_all)
 
-    def auto(self, compute: str | None) -> Iterator[Plan]:
-        """Plans that fit what is free, donors chosen by the speed of their links."""
-        device = self.allocation.resolve(0, self.machine, compute).compute
-        budget_bytes = self.machine.tier(device).usable_bytes - self._reserve_bytes
-        if self._model_bytes <= budget_bytes:
-            yield self._plan(device, {}, Ring())
-            return
-        ways = self._ways(device)
-        donors = [tier for tier in self.machine.tiers if tier.name in ways]
-        donors.sort(key=lambda tier: (tier.is_disk, -min(ways[tier.name].values())))
-        rooms = {tier.name: tier.usable_bytes for tier in donors}
-        visitors = [block for block in self.blocks if not block.looked_up]
-        tried = [*rings(visitors, self.ring_bytes, several=self.judge is not None)]
-        sets = [resident_sets(self.blocks, budget_bytes - ring.nbytes) for ring in tried]
-        for residents in zip_longest(*sets):  # the likeliest of each ring first
-            for most, resident in zip(tried, residents, strict=True):
-                for tiers in () if resident is None else self._deals(resident, rooms, ways):
-                    moved = [self.blocks[i] for i in tiers if not self.blocks[i].looked_up]
-                    ring = replace(usual_ring(moved), num_slots=min(most.num_slots, len(moved)))
-                    yield self._plan(device, tiers, ring)
-
-    def _ways(self, device: str) -> dict[str, Mapping[str, float]]:
-        """What the bytes of each donor cross; a memory without a link to the device is none."""
-        ways: dict[str, Mapping[str, float]] = {}
-        for tier in self.machine.tiers:
-            if tier.name != device:
-                with suppress(MachineError):
-                    ways[tier.name] = lanes(self.machine, tier.name, device)
-        return ways
-
-    def _deals(
-        self,
-        resident: Collection[int],
-        rooms: Mapping[str, int],
-        ways: Mapping[str, Mapping[str, float]],
-    ) -> Iterator[dict[int, str]]:
-        """Ways to deal what does not stay: over all links at once, or all of it to one donor."""
-        sizes = {i: block.nbytes for i, block in enumerate(self.blocks) if i not in resident}
-        shares = shares_by_speed([*sizes.values()], rooms, ways)
-        if shares is not None:
-            tiers = deal(sizes, shares, rooms)
-            if tiers is not None:
-                yield tiers
-        for name, room_bytes in rooms.items() if len(rooms) > 1 else ():
-            if sum(sizes.values()) <= room_bytes:
-                yield dict.fromkeys(sizes, name)
-                return
-
-    def too_small(self, compute: str | None) -> AllocationError:
+    def too_small(self, device: str) -> AllocationError:
         """Say what is missing on a machine that cannot hold the model."""
-        device = self.allocation.resolve(0, self.machine, compute).compute
         rooms = {tier.name: tier.usable_bytes for tier in self.machine.tiers}
         rooms[device] = max(0, rooms[device] - self._reserve_bytes)
         listed = ", ".join(f"{gib(room)} on {name}" for name, room in rooms.items())
@@ -194,23 +128,6 @@ class _Job:
     @property
     def _reserve_bytes(self) -> int:
         return self.judge.reserve_bytes if self.judge else 0
-
-    def _plan(
-        self, compute: str, tiers: dict[int, str], ring: Ring, notes: tuple[str, ...] = ()
-    ) -> Plan:
-        placements = tuple(
-            Placement(block=block, tier=tiers[index], kind="streamed")
-            if index in tiers
-            else Placement(block=block, tier=compute, kind="resident")
-            for index, block in enumerate(self.blocks)
-        )
-        return Plan(
-            compute=compute,
-            allocation=str(self.allocation),
-            placements=placements,
-            ring=ring,
-            notes=notes,
-        )
 
 
 def check_room(plan: Plan, machine: Machine, reserve_bytes: int = 0) -> None:

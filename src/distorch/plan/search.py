@@ -11,10 +11,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import comb
 
 from distorch.plan.blocks import Block
 
-__all__ = ["TINY_BYTES", "deal", "resident_sets", "shares_by_speed", "spread"]
+__all__ = [
+    "TINY_BYTES",
+    "deal",
+    "least_dealt",
+    "resident_sets",
+    "share_steps",
+    "shares_by_speed",
+    "spread",
+]
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fall ever farther from each other
 TINY_BYTES = 64 << 10  # a visit of these costs its latency, not its bytes: keep them first
@@ -50,7 +59,8 @@ def _densities(
     """Even spreads of ``rest``, the densest that fits first; nothing at all is the last."""
     num, total = len(rest), sum(blocks[index].nbytes for index in rest)
     step = max(1, num // _LEVELS)
-    highest = min(num, budget_bytes * num // max(1, total) + 1)
+    largest = max((blocks[index].nbytes for index in rest), default=0)  # a spread may lack as much
+    highest = min(num, (budget_bytes + largest) * num // max(1, total) + 1)
     for level in range(highest // step * step, 0, -step):
         first = spread(blocks, rest, total * level // num)
         if first and sum(blocks[index].nbytes for index in first) <= budget_bytes:
@@ -118,6 +128,60 @@ def shares_by_speed(
         for lane, bytes_per_second in lanes[best].items():
             busy[lane] += nbytes / bytes_per_second
     return shares
+
+
+def share_steps(sizes: Sequence[int], rooms: Mapping[str, int], most: int) -> list[dict[str, int]]:
+    """Return ways to share bytes among donors in equal steps: the same whatever their speeds.
+
+    A donor without room for its share gets what it has room for, and the others the rest in
+    proportion. There are about ``most`` ways at the most, and fewer for a few blocks.
+
+    >>> share_steps([50] * 4, {"cuda:1": 60, "cpu": 999}, 5)
+    [{'cuda:1': 0, 'cpu': 200}, {'cuda:1': 50, 'cpu': 150}, {'cuda:1': 60, 'cpu': 140}]
+    """
+    steps = 1
+    while steps < 8 * len(sizes) and comb(steps + len(rooms), len(rooms) - 1) <= most:
+        steps += 1
+    ways: list[tuple[int, ...]] = [()]
+    for _ in [*rooms][1:]:
+        ways = [(*way, step) for way in ways for step in range(steps - sum(way) + 1)]
+    found = (
+        _within(sum(sizes), dict(zip(rooms, (*way, steps - sum(way)), strict=True)), rooms)
+        for way in ways
+    )
+    return [dict(shares) for shares in dict.fromkeys(tuple(each.items()) for each in found if each)]
+
+
+def _within(
+    nbytes: int, parts: Mapping[str, int], rooms: Mapping[str, int]
+) -> dict[str, int] | None:
+    """Share bytes by parts, no donor's more than its room; None where there is no room."""
+    shares = dict.fromkeys(parts, 0)
+    open_parts = {name: part for name, part in parts.items() if part}
+    while open_parts:
+        left, total = nbytes - sum(shares.values()), sum(open_parts.values())
+        full = [name for name, part in open_parts.items() if left * part > rooms[name] * total]
+        if not full:
+            return shares | {name: left * part // total for name, part in open_parts.items()}
+        shares |= {name: rooms[name] for name in full}
+        open_parts = {name: part for name, part in open_parts.items() if name not in full}
+    return shares if sum(shares.values()) == nbytes else None
+
+
+def least_dealt(
+    sizes: Mapping[int, int], shares: Mapping[str, int], rooms: Mapping[str, int]
+) -> dict[str, float]:
+    """Return the bytes that each donor gets at the least when `deal` deals so.
+
+    A block goes to a donor only if no other with room for it would then be further behind its
+    share. So in the end none is more than its part of the largest block behind, unless it is full.
+    """
+    total, parts = sum(sizes.values()), max(1, sum(shares.values()))
+    largest = max(sizes.values(), default=0)
+    return {
+        name: min((total * share - largest * (parts - share)) / parts, float(rooms[name] - largest))
+        for name, share in shares.items()
+    }
 
 
 def deal(
