@@ -15,7 +15,7 @@ from distorch.allocation import Allocation
 from distorch.errors import ModelError
 from distorch.integrations.bracket import Bracket, Place, mark_steps
 from distorch.integrations.companions import Companions
-from distorch.integrations.filling import Originals, Progress, fill
+from distorch.integrations.filling import Originals, Progress, fill, lost
 from distorch.integrations.memories import as_seen, check_here, machine_here, open_stores, pins_for
 from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe
 from distorch.integrations.request import Request
@@ -140,6 +140,7 @@ class Handle:
         self._hooks: list[RemovableHandle] = []
         self._brackets: list[Bracket] = []
         self._resting: dict[str, RestingWeight] = {}
+        self._companions = Companions()
         self._executor: Executor | None = None
 
     def stats(self) -> Stats:
@@ -182,11 +183,15 @@ class Handle:
 
         The parameters are the ones from before, with their values; those of a loaded model, which
         had none, are new. No thread, hook or file handle is left.
+
+        Raises:
+            ExecutorError: some weights rest on a device that is gone; the others are back.
         """
-        self._take_off(restore=True)
-        if self._source is not None:
-            self._source.close()
-        self._module.__dict__.pop(_ATTRIBUTE, None)
+        try:
+            self._take_off(restore=True)
+        finally:
+            if self._source is not None and self._executor is None:
+                self._source.close()
 
     def bind(self, request: Request, machine: Machine | None, progress: Progress | None) -> None:
         """Plan, fill the tiers, and put the hooks on."""
@@ -209,8 +214,12 @@ class Handle:
             raise
         self.plan, self._executor, self._request = plan, executor, request
         self._hooks = self._put_on(executor, kept)
-        self._companions = Companions(self._module, executor.device)
-        executor.wait()  # any stream may read them: what comes from another device is only queued
+        try:
+            self._companions.move(self._module, executor.device)
+            executor.wait()  # any stream may read them, and a copy between devices is only queued
+        except BaseException:
+            self._take_off(restore=self._source is None)
+            raise
         self._module.__dict__[_ATTRIBUTE] = self
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -299,16 +308,25 @@ class Handle:
         for bracket in self._brackets:  # an interrupted pass may have left it pointing at a slot
             bracket.reset()
         self._hooks, self._brackets = [], []
+        gone: dict[str, Exception] = {}
         try:
-            self._companions.restore()
             for name, resting in self._resting.items() if restore else ():
                 weight = self._tree.weights[name]
-                if weight.is_away:
-                    weight.restore(resting)
+                try:
+                    if weight.is_away:
+                        weight.restore(resting)
+                except (RuntimeError, OSError) as error:
+                    gone[name] = error
+                    weight.give_up()
+            self._companions.restore()
         finally:
             self._resting = {}
             executor.close()
+            self._companions.forget()
             self._executor = None
+            self._module.__dict__.pop(_ATTRIBUTE, None)
+        if gone:
+            raise lost(gone)
 
 
 def _executor(plan: Plan, stores: Mapping[str, Store], pins: Pins) -> Executor:

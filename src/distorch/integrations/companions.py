@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distorch.errors import AllocationError
+from distorch.plan.plan import gib
+
 __all__ = ["Companions"]
 
 
@@ -25,7 +28,8 @@ class Companions:
     """Buffers, and parameters that cannot be placed, on the device that computes.
 
     >>> module = nn.BatchNorm1d(3)
-    >>> companions = Companions(module, torch.device("meta"))
+    >>> companions = Companions()
+    >>> companions.move(module, torch.device("meta"))
     >>> module.running_mean.device
     device(type='meta')
     >>> companions.restore()
@@ -33,8 +37,15 @@ class Companions:
     tensor([0., 0., 0.])
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self) -> None:
         self._moved: list[_Moved] = []
+
+    def move(self, module: nn.Module, device: torch.device) -> None:
+        """Bring what is elsewhere; after an error, `restore` undoes what was done.
+
+        Raises:
+            AllocationError: the device has no room.
+        """
         twins: dict[int, Tensor] = {}  # a tensor of several names stays one
         for owner in module.modules():
             dictionaries: tuple[dict[str, Any], ...] = owner._parameters, owner._buffers
@@ -58,12 +69,22 @@ class Companions:
             if not current.is_meta:
                 entry.original.data.copy_(current.data)
             entry.names[entry.name] = entry.original
+
+    def forget(self) -> None:
+        """Let go of what was on the device; nothing may use it any more."""
         self._moved.clear()
 
 
 def _twin(tensor: Tensor, device: torch.device) -> Tensor:
-    with torch.inference_mode(mode=False):
-        twin = tensor.detach().to(device)
+    try:
+        with torch.inference_mode(mode=False):
+            twin = tensor.detach().to(device)
+    except torch.OutOfMemoryError as error:
+        raise AllocationError(
+            f"{device} has no room for a buffer of {gib(tensor.nbytes)}: "
+            f"{str(error).partition(chr(10))[0]}",
+            hint=f"a smaller amount for {device}, or close what else uses it",
+        ) from error
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(twin, requires_grad=tensor.requires_grad)
     return twin

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from distorch.errors import DistorchError, ExecutorError
 from distorch.integrations.module_tree import Weight
 from distorch.plan.blocks import Block
 from distorch.plan.plan import Plan
@@ -13,7 +14,7 @@ from distorch.tiers.accelerator import AcceleratorTier
 from distorch.tiers.host import HostTier
 from distorch.tiers.memory import allocate, allocate_pages, view_bytes
 
-__all__ = ["Originals", "Progress", "fill"]
+__all__ = ["Originals", "Progress", "fill", "lost"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes placed so far and the bytes of the model."""
@@ -70,17 +71,41 @@ def fill(
             done_bytes += block.nbytes
             if progress is not None:
                 progress(done_bytes, plan.model_bytes)
-    except BaseException:
-        for name in emptied:
-            _read_back(originals[name], plan, stores)
+    except BaseException as error:
+        gone = _read_all_back([originals[name] for name in emptied], plan, stores)
+        if gone:
+            raise lost(gone) from error
         raise
     for store in stores.values():
         if isinstance(store, AcceleratorTier):
             store.settle()
 
 
+def lost(gone: Mapping[str, Exception]) -> ExecutorError:
+    """Return the error that says which weights cannot be brought back, and why."""
+    name, error = next(iter(gone.items()))
+    why = error.problem if isinstance(error, DistorchError) else str(error).partition("\n")[0]
+    more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+    return ExecutorError(
+        f"{name}{more} cannot be brought back: {why}", hint="build or load the model again"
+    )
+
+
 def _stays(block: Block, kept: Collection[str]) -> bool:
     return block.parts[0].tensor in kept
+
+
+def _read_all_back(
+    weights: Sequence[Weight], plan: Plan, stores: Mapping[str, Store]
+) -> dict[str, Exception]:
+    """Give emptied parameters their values again; return what keeps some from it."""
+    gone: dict[str, Exception] = {}
+    for weight in weights:
+        try:
+            _read_back(weight, plan, stores)
+        except (RuntimeError, OSError) as error:
+            gone[weight.name] = error
+    return gone
 
 
 def _read_back(weight: Weight, plan: Plan, stores: Mapping[str, Store]) -> None:

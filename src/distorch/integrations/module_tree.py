@@ -55,6 +55,11 @@ class Weight:
         for owner, attribute in self.users:
             owner._parameters[attribute] = found  # type: ignore[assignment]  # may be lazy
 
+    def give_up(self) -> None:
+        """Put the parameter from before where it was, without its values: those are gone."""
+        for owner, attribute in self.users:
+            owner._parameters[attribute] = self.original
+
 
 def _home(parameter: Tensor) -> torch.device:
     """Where a weight is when it is not distributed."""

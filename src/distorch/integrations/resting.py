@@ -123,11 +123,16 @@ class RestingWeight(LazyWeight):
         return whole.materialize() if isinstance(whole, LazyWeight) else whole
 
     def whole(self, device: torch.device) -> Tensor:
-        """Read the whole weight into memory of its own on ``device``, as stored."""
+        """Read the whole weight into memory of its own on ``device``, as stored.
+
+        What goes to the host does not pass through the device that computes.
+        """
         raw = reserve(device, sum(run.part.nbytes for run in self.runs))
+        past_ring = device.type == "cpu" != self.executor.device.type
+        bring = self.executor.read if past_ring else self.executor.acquire
         filled = 0
         for run in self.runs:
-            lease = self.executor.acquire(run.block)
+            lease = bring(run.block)
             raw[filled : filled + run.part.nbytes] = lease.part(run.index)
             self.executor.release(lease)
             filled += run.part.nbytes

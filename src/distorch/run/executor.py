@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class Executor:
             memory = self._resident.memory(placement.block)
             return Lease(placement, memory, placement.block.offsets)
         if placement.block.looked_up:
-            return self._read_once(placement)
+            return self._read_once(block)
         self._slots.approach()
         slot, lies_ready = self._readers.take(block)
         # A graph that saved this slot's earlier contents must not run backward on other bytes.
@@ -131,8 +131,24 @@ class Executor:
         if lease.lying:
             self._stores[lease.placement.tier].forget(lease.placement.block)
         if lease.slot is not None:
-            self._slots.leave(lease.slot)
-            self._readers.give_back(lease.slot)
+            try:
+                self._slots.leave(lease.slot)
+            finally:  # the device may be gone
+                self._readers.give_back(lease.slot)
+
+    def read(self, block: int) -> Lease:
+        """Bring a block into host memory of its own, past the ring and the device that computes.
+
+        Raises:
+            ExecutorError: the executor is closed, or the device it rests on is gone.
+            StorageError: the block cannot be read.
+        """
+        self._readers.check_open()
+        placement = self.plan.placements[block]
+        memory = allocate_pages(placement.block.slot_bytes)
+        store = self._stores[placement.tier]
+        store.read(placement.block, view_bytes(memory))
+        return Lease(placement, memory, store.offsets(placement.block))
 
     def read_rows(self, block: int, rows: list[int], out: Tensor) -> None:
         """Copy single rows of a free block into ``out``, uint8 of ``(len(rows), row_bytes)``.
@@ -171,10 +187,8 @@ class Executor:
         """Stop the readers and let go of every block, slot and file."""
         self._finalizer()
 
-    def _read_once(self, placement: Placement) -> Lease:
+    def _read_once(self, block: int) -> Lease:
         """Read a block that no schedule brings into memory of its own."""
-        memory = allocate_pages(placement.block.slot_bytes)
-        store = self._stores[placement.tier]
-        store.read(placement.block, view_bytes(memory))
+        lease = self.read(block)
         self._readers.count_unplanned()
-        return Lease(placement, memory.to(self.device), store.offsets(placement.block))
+        return replace(lease, memory=lease.memory.to(self.device))

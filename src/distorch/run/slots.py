@@ -231,18 +231,20 @@ class DeviceSlots:
         return Times(
             step_seconds=self._steps.seconds(),
             waited_seconds=self._waits.seconds(),
-            transfer_seconds=max((link.seconds() for link in self._links.values()), default=0.0),
+            transfer_seconds=max((link.seconds() for link in self._open_links()), default=0.0),
         )
 
     def wait(self) -> None:
         """Wait for the device; one that is gone has nothing to wait for."""
         with suppress(RuntimeError):
             torch.accelerator.synchronize(self._device)
+        for link in self._open_links():
+            link.wait()
 
     def close(self) -> None:
         """Wait, and free the memory."""
         self.wait()  # also for streams of the caller's, which read what rests on the device
-        for link in self._links.values():
+        for link in self._open_links():
             link.close()
         self._links.clear()
         self._slots = []
@@ -250,6 +252,10 @@ class DeviceSlots:
 
     def _stream(self) -> torch.Stream:
         return torch.accelerator.current_stream(self._device)
+
+    def _open_links(self) -> list[Link]:
+        with self._lock:  # a reader may open another one
+            return [*self._links.values()]
 
     def _link(self, store: Store) -> Link:
         """The way from a donor, opened when it is first used."""

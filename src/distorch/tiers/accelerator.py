@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from distorch.errors import AllocationError
+from distorch.errors import AllocationError, ExecutorError
 from distorch.plan.blocks import Block
 from distorch.plan.plan import gib
 from distorch.tiers import Copied, Source, destinations
@@ -32,9 +33,28 @@ def reserve(device: torch.device, nbytes: int) -> Tensor:
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as error:
         raise AllocationError(
-            f"{device} has no room for {gib(nbytes)} more: {str(error).partition(chr(10))[0]}",
+            f"{device} has no room for {gib(nbytes)} more: {_line(error)}",
             hint=f"a smaller amount for {device}, or close what else uses it",
         ) from error
+    except RuntimeError as error:
+        raise _broken(str(device), error) from error
+
+
+@contextmanager
+def _told(device: str) -> Iterator[None]:
+    """Say which device has failed, in an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _broken(device, error) from error
+
+
+def _broken(device: str, error: RuntimeError) -> ExecutorError:
+    return ExecutorError(f"{device} has failed: {_line(error)}", hint=f"a line without {device}")
+
+
+def _line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 class AcceleratorTier(Copied):
@@ -69,7 +89,8 @@ class AcceleratorTier(Copied):
             self._staging = self._pins.allocate(self._largest_bytes)
         staged = self._staging[: block.nbytes]
         source.read(destinations(block, view_bytes(staged)))
-        memory.copy_(staged)
+        with _told(self.name):
+            memory.copy_(staged)
         self._blocks[block.name] = memory
         self.nbytes += block.nbytes
 
@@ -89,7 +110,9 @@ class AcceleratorTier(Copied):
 
     def read(self, block: Block, slot: memoryview) -> None:
         """Copy a block into a slot in host memory, and wait for it."""
-        torch.frombuffer(slot, dtype=torch.uint8)[: block.nbytes].copy_(self._blocks[block.name])
+        with _told(self.name):
+            target = torch.frombuffer(slot, dtype=torch.uint8)[: block.nbytes]
+            target.copy_(self._blocks[block.name])
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a block's only part into host memory."""
@@ -97,8 +120,9 @@ class AcceleratorTier(Copied):
             return
         part = block.parts[0]
         table = self._blocks[block.name][: part.nbytes].view(part.shape[0], -1)
-        chosen = table.index_select(0, torch.tensor(rows, device=self._device))
-        torch.frombuffer(out, dtype=torch.uint8).view(len(rows), -1).copy_(chosen)
+        with _told(self.name):
+            chosen = table.index_select(0, torch.tensor(rows, device=self._device))
+            torch.frombuffer(out, dtype=torch.uint8).view(len(rows), -1).copy_(chosen)
 
     def close(self) -> None:
         """Free all blocks."""

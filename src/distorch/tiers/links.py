@@ -99,8 +99,11 @@ class Link:
         """Return the seconds that the copies which have ended took."""
         return self._watch.seconds()
 
+    def wait(self) -> None:
+        """Wait for what is on its way, once the device that computes has been waited for."""
+
     def close(self) -> None:
-        """Free what blocks pass through; the device that computes has been waited for."""
+        """Free what blocks pass through, of which nothing is on its way any more."""
         self._free([staged.memory for staged in self._staged])
         self._staged.clear()
 
@@ -139,10 +142,10 @@ class _PeerLink(Link):
         with self._source, self.stream:
             slot.copy_(memory, non_blocking=True)
 
-    def close(self) -> None:
-        with suppress(RuntimeError):  # the device may be gone, and then the donor still copies
+    def wait(self) -> None:
+        # A device that is gone ends its copies at once, and the donor may be in the midst of one.
+        with suppress(RuntimeError):
             self._source.synchronize()
-        super().close()
 
 
 class _RelayedLink(_PeerLink):
