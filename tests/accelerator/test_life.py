@@ -93,7 +93,7 @@ def test_buffers_and_what_cannot_be_placed_go_to_the_device_and_come_back(start:
     """Passes on a stream of the caller's change the buffers, and nobody waits for it before."""
     plain, x = Counting(), torch.randn(8, 64)
     module = copy.deepcopy(plain).to(start)
-    module.shared = module.norm.running_mean  # `to` has made two of them
+    module.register_buffer("shared", module.norm.running_mean)  # `to` has made two of them
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     handle = distorch.distribute(module, ALL, machine=MACHINE)
     assert {str(buffer.device) for buffer in module.buffers()} == {DEVICE}
