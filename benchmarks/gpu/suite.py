@@ -1,0 +1,141 @@
+"""The whole run: links, then workloads in turn, within a time; results are written at once."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distorch.integrations import attach
+from distorch.plan.blocks import cut
+from gpu.arena import Arena, first_line
+from gpu.device import Device, Figures, find, hardware, host_memory
+from gpu.links import measure_links
+from gpu.measure import Bench, Clock, run_case
+from gpu.report import markdown, result_path, show, write_json
+from gpu.workloads import WORKLOADS, Scale, full, tiny
+
+_HOST_BYTES = 56 * 10**9  # as much pinned memory as is asked for at most
+_HOST_SHARE = 0.5  # of what is free
+_NONE = "skipped, no accelerator: torch finds none, and --device names none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a run is asked to do."""
+
+    only: Sequence[str] = ()
+    device: str = ""
+    scale: str = "full"
+    cap_gb: float = 12.0
+    minutes: float = 9.0
+    folder: Path | None = None
+    out: Path | None = None
+    save: bool = False
+
+
+def gpu() -> Figures:
+    """Run all of it at full scale, for benchmarks/run.py."""
+    return run(Options())
+
+
+def run(options: Options) -> Figures:
+    """Measure, print, and return the figures."""
+    clock = Clock(options.minutes)
+    name = find(options.device)
+    if name is None:
+        print(_NONE)
+        return {"skipped": _NONE}
+    device = Device(name)
+    scale = tiny() if options.scale == "tiny" else full(options.cap_gb)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(scale.threads or threads)
+    found: Figures = {
+        "hardware": hardware(device),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "options": {key: str(value) for key, value in asdict(options).items()},
+        "links": {},
+        "cases": {},
+    }
+    gc.collect()
+    gc.freeze()  # what was imported need not be looked at after every contender
+    clock.say(f"{found['hardware']['device']}, torch {torch.__version__}, {scale.name} scale")
+    most_bytes = min(_HOST_BYTES, round(_HOST_SHARE * host_memory()[1])) or _HOST_BYTES
+    arena = Arena(device, most_bytes, scale.slab_bytes)
+    bench = Bench(
+        device=device,
+        arena=arena,
+        clock=clock,
+        margin_bytes=scale.margin_bytes,
+        tile=scale.tile,
+        most_passes=scale.most_passes,
+        warm_passes=scale.warm_passes,
+    )
+    attached: Any = attach
+    whole = attached.cut
+    if scale.block_bytes:  # or a tiny model would be a block or two
+        attached.cut = partial(cut, target_bytes=scale.block_bytes)
+    try:
+        clock.say("links")
+        found["links"], bench.speeds = measure_links(
+            device, arena, options.folder, scale.sizes, clock
+        )
+        _write(options, found)
+        _run_workloads(bench, scale, options, found)
+    finally:
+        attached.cut = whole
+        torch.set_num_threads(threads)
+        found["seconds"] = clock.passed
+        _write(options, found)
+        device.tidy()
+        arena.close()
+        gc.unfreeze()
+    show(found)
+    return found
+
+
+def _run_workloads(bench: Bench, scale: Scale, options: Options, found: Figures) -> None:
+    """Each gets a share of the time that is left, by weight: what one spares, the next may use."""
+    names = [name for name in WORKLOADS if not options.only or name in options.only]
+    for number, name in enumerate(names):
+        workload = WORKLOADS[name]
+        weights = [WORKLOADS[each].weight for each in names[number:]]
+        until = time.perf_counter() + bench.clock.left * workload.weight / sum(weights)
+        cases = [*workload.cases(scale, bench.speeds, options.folder)]
+        bench.clock.say(f"{name}: {workload.title}")
+        for turn, case in enumerate(cases):
+            left = until - time.perf_counter()
+            if left <= 0:
+                found["cases"][case.label] = {"cut_off": "the time was up"}
+                bench.clock.say(f"{case.label}: cut off, the time was up")
+                continue
+            try:
+                found["cases"][case.label] = run_case(bench, case, left / (len(cases) - turn))
+            except Exception as error:  # noqa: BLE001  the others still have their turn
+                found["cases"][case.label] = {"failed": first_line(error)}
+                bench.clock.say(f"{case.label}: failed, {first_line(error)}")
+            _write(options, found)
+            if not bench.device.works():
+                bench.clock.say("the device does not compute any more: the run ends here")
+                return
+
+
+def _write(options: Options, found: Figures) -> None:
+    """Write what there is so far."""
+    paths = [options.out] if options.out else []
+    if options.save:
+        name = found["hardware"]["device"]
+        paths.append(result_path(name, "json"))
+        notes = result_path(name, "md")
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        notes.write_text(markdown(found), encoding="utf-8")
+    for path in paths:
+        write_json(path, found)
