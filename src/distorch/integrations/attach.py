@@ -30,7 +30,7 @@ from distorch.tiers import Source, Store
 from distorch.tiers.pinned import Pins
 from distorch.tiers.sources import MemorySource
 
-__all__ = ["Handle", "Progress", "distribute", "handle_of"]
+__all__ = ["Handle", "Progress", "distribute", "handle_of", "plan_for"]
 
 _ATTRIBUTE = "_distorch_handle"
 
@@ -97,6 +97,15 @@ def distribute(
     handle = Handle(module, tree)
     handle.bind(request, machine, progress)
     return handle
+
+
+def plan_for(module: nn.Module, request: Request, machine: Machine | None = None) -> Plan:
+    """Return the plan that `distribute` would carry out; nothing moves.
+
+    Raises:
+        AllocationError: the request cannot be read or does not fit this machine.
+    """
+    return Handle(module, describe(module)).plan_as(request, machine)
 
 
 def handle_of(module: nn.Module) -> Handle:
@@ -169,7 +178,7 @@ class Handle:
         on the way, which must have room for them.
         """
         wanted = Request(allocation=allocation, **request)
-        self._plan(wanted, machine)  # a line that does not fit raises before anything moves
+        self.plan_as(wanted, machine)  # a line that does not fit raises before anything moves
         before = self._request
         self._take_off(restore=self._source is None)
         try:
@@ -195,7 +204,7 @@ class Handle:
 
     def bind(self, request: Request, machine: Machine | None, progress: Progress | None) -> None:
         """Plan, fill the tiers, and put the hooks on."""
-        plan = self._plan(request, machine)
+        plan = self.plan_as(request, machine)
         pins, kept = pins_for(plan), self._kept(plan)
         weights = {} if self._source else self._tree.weights
         stores = self._open_stores(plan, pins, kept)
@@ -234,7 +243,8 @@ class Handle:
             raise ModelError("this handle was removed", hint="distorch.distribute(module, line)")
         return self._executor
 
-    def _plan(self, request: Request, machine: Machine | None) -> Plan:
+    def plan_as(self, request: Request, machine: Machine | None) -> Plan:
+        """Return the plan that a request comes to on a machine (None: this one), as it is now."""
         model_bytes = sum(block.nbytes for block in self._blocks)
         machine = as_seen(
             machine or machine_here(request.folder),

@@ -1,0 +1,1 @@
+"""What runs inside ComfyUI only: these modules import it."""

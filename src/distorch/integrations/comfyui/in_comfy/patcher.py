@@ -1,0 +1,177 @@
+"""ComfyUI's owner of a model, with the weights placed by DisTorch: a subclass, and no patch.
+
+ComfyUI keeps deciding when a model is on the device, which LoRA applies and what has to go to make
+room. What changes is `load`: no layer is moved; the module is distributed, and ComfyUI's own layers
+find each weight where they need it, since the hooks put it there before their forward. A LoRA stays
+a function that ComfyUI applies to the weight when it is used, so its strength changes without a
+byte being moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from torch import nn
+
+from distorch.integrations.attach import Handle, distribute, plan_for
+from distorch.integrations.request import Request
+
+__all__ = ["DistributedPatcher", "adopt", "handle_in"]
+
+_NOTHING = 1  # bytes that ComfyUI may load by itself: with 0 it would load all
+
+
+@dataclass(slots=True)
+class _Placed:
+    """What was asked for, and the handle of what was done; all clones of a patcher share it."""
+
+    request: Request
+    handle: Handle
+
+
+def adopt(
+    patcher: comfy.model_patcher.ModelPatcher, request: Request
+) -> comfy.model_patcher.ModelPatcher:
+    """Return a clone of ``patcher`` whose model rests as ``request`` says; nothing moves yet.
+
+    Raises:
+        AllocationError: the request does not fit this machine.
+        MachineError: it names a device that is not here.
+    """
+    twin = patcher.clone()
+    twin.__class__ = _class_for(type(patcher))
+    twin.request = request
+    plan = plan_for(_module(twin.model), request)
+    twin.load_device = torch.device(plan.compute)
+    twin.size = plan.bytes_by_tier[plan.compute] + plan.ring.nbytes
+    return twin
+
+
+def handle_in(patcher: Any) -> Handle | None:
+    """Return the handle of a model that is placed now."""
+    placed = _placed(patcher.model)
+    return None if placed is None else placed.handle
+
+
+class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
+    """A `ModelPatcher` whose weights rest where ``request`` says while the model is loaded."""
+
+    request: Request
+    _is_reloading = False
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a twin that shares the model, and where its weights rest."""
+        twin = super().clone(*args, **kwargs)
+        twin.request = self.request
+        return twin
+
+    def model_size(self) -> int:
+        """Return the bytes that the model takes of its device: weights at rest, and the ring."""
+        return self.size
+
+    def load(
+        self,
+        device_to: torch.device | None = None,
+        lowvram_model_memory: int = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,  # noqa: FBT001, FBT002
+        **more: Any,
+    ) -> Any:
+        """Let ComfyUI set its LoRA functions, and place the weights where they are not yet."""
+        placed = _placed(self.model)
+        if placed is not None and placed.request != self.request:
+            self._bring_back()
+            placed = None
+        result = super().load(device_to, _NOTHING, False, False, **more)
+        if placed is None:
+            self._bake()
+            handle = distribute(
+                _module(self.model),
+                self.request.allocation,
+                virtual_vram_gb=self.request.virtual_vram_gb,
+                donor=self.request.donor,
+                compute=self.request.compute,
+                ring=self.request.ring,
+            )
+            placed = self.model.distorch_placed = _Placed(self.request, handle)
+        self.size = placed.handle.weight_bytes
+        self.model.model_loaded_weight_memory = placed.handle.weight_bytes
+        return result
+
+    def partially_load(self, *args: Any, **kwargs: Any) -> Any:
+        """Load as ComfyUI does; weights that are placed stay where they are."""
+        self._is_reloading = True
+        try:
+            return super().partially_load(*args, **kwargs)
+        finally:
+            self._is_reloading = False
+
+    def partially_unload(
+        self,
+        device_to: torch.device,
+        memory_to_free: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Give up all of the device; ComfyUI's layers go on from host memory, more slowly."""
+        freed = int(self.model.model_loaded_weight_memory) if _placed(self.model) else 0
+        self._bring_back()
+        self.model.model_loaded_weight_memory -= freed
+        if freed < memory_to_free:
+            freed += super().partially_unload(device_to, memory_to_free - freed, *args, **kwargs)
+        return freed
+
+    def unpatch_model(
+        self,
+        device_to: torch.device | None = None,
+        unpatch_weights: bool = True,
+    ) -> Any:
+        """Take LoRA off; for another LoRA, the weights stay where they are."""
+        if unpatch_weights and _placed(self.model) is not None:
+            if self._is_reloading and not self.backup:
+                return super().unpatch_model(None, unpatch_weights)
+            self._bring_back()
+        return super().unpatch_model(device_to, unpatch_weights)
+
+    def pin_weight_to_device(self, key: str) -> None:
+        """Pin nothing: the tensors of the module are about to be empty."""
+
+    def _bring_back(self) -> None:
+        placed = _placed(self.model)
+        if placed is not None:
+            self.model.distorch_placed = None
+            placed.handle.remove()
+
+    def _bake(self) -> None:
+        """Apply LoRA to the weights of layers that take no functions; ComfyUI keeps a backup."""
+        for key in self.patches:
+            path, _, name = key.rpartition(".")
+            owner = self.model.get_submodule(path) if path else self.model
+            if name not in {"weight", "bias"} or not hasattr(owner, "comfy_cast_weights"):
+                self.patch_weight_to_device(key)
+
+
+_CLASSES: dict[type, type] = {comfy.model_patcher.ModelPatcher: DistributedPatcher}
+
+
+def _class_for(found: type) -> type:
+    """Our class over the one that a loader made, so that what it has added stays."""
+    if issubclass(found, DistributedPatcher):
+        return found
+    if found not in _CLASSES:
+        _CLASSES[found] = type(f"Distributed{found.__name__}", (DistributedPatcher, found), {})
+    return _CLASSES[found]
+
+
+def _placed(model: Any) -> _Placed | None:
+    return getattr(model, "distorch_placed", None)
+
+
+def _module(model: Any) -> nn.Module:
+    """The module whose weights are placed: of an image or video model the part that denoises."""
+    found = getattr(model, "diffusion_model", model)
+    assert isinstance(found, nn.Module), "ComfyUI's models are modules"
+    return found
