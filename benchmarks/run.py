@@ -16,6 +16,7 @@ import main_job
 import published
 import typer
 from common import Figures, machine_line
+from gpu.suite import gpu
 
 from distorch.errors import MissingExtraError
 
@@ -28,6 +29,7 @@ _BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "published": published.run,
     "foretold": foretold.foretold,
     "residency": foretold.residency,
+    "gpu": gpu,
 }
 _GROUPS = {"main": ["loading", "decoding", "capped"]}
 _HELP = f"Some of {', '.join([*_BENCHMARKS, *_GROUPS])}, with commas between; all if not given."

@@ -145,7 +145,7 @@ def find(wanted: str) -> str | None:
     return "cuda:0" if torch.cuda.is_available() else None
 
 
-def hardware(device: Device) -> Figures:
+def hardware(device: Device, commit: str = "") -> Figures:
     """Describe the machine, its software, and the commit that is measured."""
     found: Figures = {
         "device": device.model_name(),
@@ -160,7 +160,7 @@ def hardware(device: Device) -> Figures:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "torch_threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit or _commit(),
     }
     with suppress(OSError, subprocess.SubprocessError):
         asked = "name,driver_version,pcie.link.gen.current,pcie.link.width.current,memory.total"

@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="for g7, on the disk to measure")
     parser.add_argument("--out", type=Path, help="a file for the results, written as they come")
     parser.add_argument("--save", action="store_true", help="keep them in benchmarks/results")
+    parser.add_argument("--commit", default="", help="where the sources came without their git")
     chosen = parser.parse_args(arguments)
     only = [name.strip() for name in chosen.only.split(",") if name.strip()]
     if unknown := [name for name in only if name not in WORKLOADS]:
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder=chosen.folder,
             out=chosen.out,
             save=chosen.save,
+            commit=chosen.commit,
         )
     )
     return 0

@@ -25,6 +25,7 @@ from gpu.workloads import WORKLOADS, Scale, full, tiny
 _HOST_BYTES = 56 * 10**9  # as much pinned memory as is asked for at most
 _HOST_SHARE = 0.5  # of what is free
 _NONE = "skipped, no accelerator: torch finds none, and --device names none"
+_VIRTUAL = "skipped, only a virtual card is here: --scale tiny is for those"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class Options:
     folder: Path | None = None
     out: Path | None = None
     save: bool = False
+    commit: str = ""
 
 
 def gpu() -> Figures:
@@ -50,15 +52,16 @@ def run(options: Options) -> Figures:
     """Measure, print, and return the figures."""
     clock = Clock(options.minutes)
     name = find(options.device)
-    if name is None:
-        print(_NONE)
-        return {"skipped": _NONE}
+    if name is None or (name.startswith("vgpu") and options.scale == "full"):
+        why = _NONE if name is None else _VIRTUAL
+        print(why)
+        return {"skipped": why}
     device = Device(name)
     scale = tiny() if options.scale == "tiny" else full(options.cap_gb)
     threads = torch.get_num_threads()
     torch.set_num_threads(scale.threads or threads)
     found: Figures = {
-        "hardware": hardware(device),
+        "hardware": hardware(device, options.commit),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "options": {key: str(value) for key, value in asdict(options).items()},
