@@ -20,12 +20,8 @@ def _nodes() -> tuple[dict[str, type], dict[str, str]]:
         return nodes(), display_names()
     except ImportError as error:
         here = Path(__file__).parent / "requirements.txt"
-        logging.getLogger("distorch").error(
-            'DisTorch has no nodes: %s. Try: "%s" -m pip install -r "%s"',
-            error,
-            sys.executable,
-            here,
-        )
+        line = "DisTorch has no nodes: %s; try: %s -m pip install -r %s"
+        logging.getLogger("distorch").error(line, error, sys.executable, here)  # noqa: TRY400
         return {}, {}
 
 

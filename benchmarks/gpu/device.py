@@ -25,7 +25,8 @@ class Device:
         if name.startswith("vgpu"):
             from distorch import vgpu
 
-            vgpu.install()
+            if not vgpu.is_installed():
+                vgpu.install()
         self.torch = torch.device(name)
         self.name = name
         self.kind = self.torch.type

@@ -77,7 +77,7 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         device_to: torch.device | None = None,
         lowvram_model_memory: int = 0,
         force_patch_weights: bool = False,
-        full_load: bool = False,  # noqa: FBT001, FBT002
+        full_load: bool = False,
         **more: Any,
     ) -> Any:
         """Let ComfyUI set its LoRA functions, and place the weights where they are not yet."""
