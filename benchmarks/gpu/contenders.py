@@ -90,18 +90,24 @@ def resident(job: Job) -> Iterator[Running]:
     yield Running(module=job.model.module(job.device.torch), streamed_bytes=0)
 
 
-def machine_for(job: Job) -> Machine:
-    """This machine, with a device that has room for the job's weights."""
-    here, device = Machine.here(), job.device
+def machine_for(job: Job, folder: Path | None = None) -> Machine:
+    """This machine, with a device that has room for the job's weights; its disk is a folder's."""
+    here, device = Machine.here(folder), job.device
     host = here.tier("cpu")  # the model is in it already
     free_bytes = min(host.capacity_bytes, host.free_bytes + job.model.nbytes)
     tier = Tier(name=device.name, capacity_bytes=device.total_bytes, free_bytes=job.room_bytes)
     return here.replace_tier(replace(host, free_bytes=free_bytes)).replace_tier(tier)
 
 
-def fitting_plan(job: Job, *, donors: str = "cpu,*", ring_bytes: int | None = None) -> Plan:
+def fitting_plan(
+    job: Job,
+    *,
+    donors: str = "cpu,*",
+    ring_bytes: int | None = None,
+    folder: Path | None = None,
+) -> Plan:
     """The plan that keeps as much on the device as there is room for, beside its ring."""
-    machine = machine_for(job)
+    machine = machine_for(job, folder)
     visitors = [block for block in job.model.blocks if not block.looked_up]
     ring = usual_ring(visitors, ring_bytes).nbytes
     best: Plan | None = None
@@ -155,7 +161,7 @@ def ours(
     if ring_share:
         visitors = [block for block in job.model.blocks if not block.looked_up]
         ring_bytes = max(round(ring_share * job.room_bytes), usual_ring(visitors).nbytes)
-    plan = fitting_plan(job, donors=donors, ring_bytes=ring_bytes)
+    plan = fitting_plan(job, donors=donors, ring_bytes=ring_bytes, folder=folder)
     if prefix:
         plan = prefix_plan(job, plan)
     model = job.model
@@ -176,7 +182,7 @@ def ours(
     if model.stored is not None:
         source = MemorySource({name: view_bytes(model.raw(name)) for name in model.spans})
     handle = Handle(module, model.tree(module), source, stores)
-    handle.bind(Request(allocation=plan), machine_for(job), None)
+    handle.bind(Request(allocation=plan), machine_for(job, folder), None)
     yield _running(module, handle)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distorch.tiers.file_reader import FileReader, drop_from_cache
 from distorch.tiers.memory import allocate_pages, view_bytes
+from distorch.tiers.pinned import Pins
 from gpu.arena import Arena, first_line
 from gpu.device import Device, Figures
 from gpu.measure import Clock, Speeds
@@ -62,7 +63,7 @@ def measure_links(
         device.tidy()
 
     arena.reset()
-    note("pinning", lambda: _pinning(arena, sizes))
+    note("pinning", lambda: _pinning(device, arena, sizes))
     arena.reset()
     memory = arena.place(sizes.copied_bytes)
     some = torch.randint(256, (16 * _MIB,), dtype=torch.uint8)  # a disk may squeeze zeros
@@ -90,13 +91,20 @@ def _text(figures: Figures) -> str:
     )  # fmt: skip
 
 
-def _pinning(arena: Arena, sizes: Sizes) -> Figures:
-    """How fast pages are touched, by all cores, and then registered."""
+def _pinning(device: Device, arena: Arena, sizes: Sizes) -> Figures:
+    """How fast pages are touched, by all cores, and then registered; and without touching first."""
     arena.place(sizes.copied_bytes)
+    pins = Pins(device.kind)
+    began = time.perf_counter()
+    memory = pins.allocate(sizes.pageable_bytes)
+    seconds = time.perf_counter() - began
+    pinned = pins.has(memory)
+    pins.free(memory)
     return {
         "how": arena.how,
         "touched": arena.nbytes / max(arena.touch_seconds, 1e-9),
         "registered": arena.nbytes / max(arena.pin_seconds, 1e-9),
+        "untouched, by Pins": sizes.pageable_bytes / seconds if pinned else "refused",
     }
 
 
