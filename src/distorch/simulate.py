@@ -15,13 +15,23 @@ from typing import Literal
 from distorch.allocation import Allocation
 from distorch.errors import AllocationError
 from distorch.machine import Machine
+from distorch.plan.blocks import Block
 from distorch.plan.cost import Profile, block_seconds, bound, steady_bytes
 from distorch.plan.plan import Plan, Prediction, gib
 from distorch.plan.planner import Judge, make_plan
 from distorch.run.schedule import Schedule
 from distorch.transfers import Transfer, Transfers
 
-__all__ = ["Overlap", "Span", "Timeline", "best_plan", "predict", "simulate", "timeline"]
+__all__ = [
+    "Overlap",
+    "Span",
+    "Timeline",
+    "best_plan",
+    "judge_of_links",
+    "predict",
+    "simulate",
+    "timeline",
+]
 
 Overlap = Literal["ring", "one ahead", "none"]
 """How copies meet compute: ours; the next block only, from scratch each step; or not at all."""
@@ -111,6 +121,18 @@ def best_plan(
     found = predict(plan, profile, machine)
     _check_host(found, machine)
     return replace(plan, prediction=found)
+
+
+def judge_of_links(blocks: Sequence[Block], machine: Machine) -> Judge:
+    """Return what judges plans by their copies alone: for a model whose operations are not known.
+
+    >>> judge_of_links((), Machine.load("2x-rtx3090-nvlink")).least_seconds
+    0.0
+    """
+    seconds = (0.0,) * len(blocks)
+    return Judge(
+        seconds=lambda plan: simulate(plan, seconds, machine).step_seconds, block_seconds=seconds
+    )
 
 
 def _check_host(found: Prediction, machine: Machine) -> None:

@@ -22,10 +22,12 @@ from distorch.integrations.request import Request
 from distorch.integrations.resting import RestingWeight, Run, as_weight
 from distorch.machine import Machine
 from distorch.plan.blocks import cut
+from distorch.plan.cost import with_usual_links
 from distorch.plan.plan import Plan
 from distorch.plan.planner import check_room, make_plan
 from distorch.run.executor import Executor
 from distorch.run.stats import Stats
+from distorch.simulate import judge_of_links
 from distorch.tiers import Source, Store
 from distorch.tiers.pinned import Pins
 from distorch.tiers.sources import MemorySource
@@ -255,12 +257,18 @@ class Handle:
             plan = request.allocation.for_blocks(self._blocks)
             check_room(plan, machine)
         else:
+            line, judge = request.line(model_bytes, machine), None
+            device = line.resolve(model_bytes, machine, request.compute).compute
+            if line.mode == "auto" and device != "cpu":  # donors are dealt to by their links
+                machine = with_usual_links(machine, device)
+                judge = judge_of_links(self._blocks, machine)
             plan = make_plan(
                 self._blocks,
-                request.line(model_bytes, machine),
+                line,
                 machine,
                 compute=request.compute,
                 ring_bytes=request.ring_bytes,
+                judge=judge,
             )
         check_here(plan)
         return replace(plan, notes=plan.notes + self._tree.notes)

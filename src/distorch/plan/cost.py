@@ -10,19 +10,28 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Self
 
 from distorch.errors import FormatError
 from distorch.formats.dtypes import DTYPES
-from distorch.machine import Compute, Machine
+from distorch.machine import Compute, Link, Machine
 from distorch.plan.blocks import Block, Part
 from distorch.plan.plan import Plan, read_block
 
-__all__ = ["Profile", "block_seconds", "bound", "lane_seconds", "lanes", "steady_bytes"]
+__all__ = [
+    "Profile",
+    "block_seconds",
+    "bound",
+    "lane_seconds",
+    "lanes",
+    "steady_bytes",
+    "with_usual_links",
+]
 
 _VERSION = 1
+_DISK_SPEED, _MEMORY_SPEED = 2e9, 12e9  # bytes/s of what nobody has measured
 _UNPACK_SHARE = 0.8  # of a device's memory speed, that good kernels reach when they decode
 
 
@@ -133,6 +142,27 @@ def lanes(machine: Machine, source: str, target: str) -> dict[str, float]:
         if link.bus:
             found[link.bus] = machine.bus_speed(link.bus)
     return found
+
+
+def with_usual_links(machine: Machine, device: str) -> Machine:
+    """Return the machine with usual speeds for the links to a device that were not measured.
+
+    They say which donor is faster, not how fast it is: other memories before disks.
+
+    >>> from distorch.machine import Tier
+    >>> tiers = [Tier(name=n, capacity_bytes=1, free_bytes=1) for n in ("cuda:0", "cpu", "disk")]
+    >>> found = with_usual_links(Machine(name="new", tiers=tuple(tiers)), "cuda:0")
+    >>> [(link.source, link.target) for link in found.links]
+    [('cpu', 'cuda:0'), ('disk', 'cpu')]
+    """
+    known = {(link.source, link.target) for link in machine.links}
+    missing = [
+        Link(source=tier.name, target=target, bytes_per_second=speed)
+        for tier in machine.tiers
+        for target, speed in [("cpu", _DISK_SPEED) if tier.is_disk else (device, _MEMORY_SPEED)]
+        if tier.name != target and (tier.name, target) not in known
+    ]
+    return replace(machine, links=(*machine.links, *missing))
 
 
 def lane_seconds(plan: Plan, machine: Machine) -> dict[str, float]:
