@@ -12,6 +12,7 @@ from typing import Annotated
 import dequantize
 import disk
 import foretold
+import links
 import main_job
 import published
 import typer
@@ -29,6 +30,7 @@ _BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "published": published.run,
     "foretold": foretold.foretold,
     "residency": foretold.residency,
+    "links": links.run,
     "gpu": gpu,
 }
 _GROUPS = {"main": ["loading", "decoding", "capped"]}
