@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -88,8 +89,11 @@ class Counting(nn.Module):
         return x + cast("Tensor", self.shared)
 
 
+@pytest.mark.parametrize("removed_on", ["the default stream", "the stream of the passes"])
 @pytest.mark.parametrize("start", ["cpu", OTHER])
-def test_buffers_and_what_cannot_be_placed_go_to_the_device_and_come_back(start: str) -> None:
+def test_buffers_and_what_cannot_be_placed_go_to_the_device_and_come_back(
+    start: str, removed_on: str
+) -> None:
     """Passes on a stream of the caller's change the buffers, and nobody waits for it before."""
     plain, x = Counting(), torch.randn(8, 64)
     module = copy.deepcopy(plain).to(start)
@@ -100,9 +104,11 @@ def test_buffers_and_what_cannot_be_placed_go_to_the_device_and_come_back(start:
     assert str(module.turned.device) == DEVICE
     assert module.shared is module.norm.running_mean
     with torch.no_grad():
-        with torch.Stream(device=DEVICE):
+        side = torch.Stream(device=DEVICE)
+        with side:
             found = [module(x.to(DEVICE)) for _ in range(3)]
-        handle.remove()
+        with side if removed_on == "the stream of the passes" else nullcontext():
+            handle.remove()
         expected = [plain(x) for _ in range(3)]
     torch.accelerator.synchronize(DEVICE)
     assert all(map(same, found, expected))
