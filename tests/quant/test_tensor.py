@@ -287,6 +287,16 @@ def test_copy_detach_and_data_are_the_same_bytes(twin: Callable[[QuantTensor], T
     assert torch.equal(other + 0, dense)
 
 
+@pytest.mark.parametrize("made_in", [False, True])
+@pytest.mark.parametrize("asked_in", [False, True])
+def test_a_state_dict_can_be_asked_for_in_either_mode(*, made_in: bool, asked_in: bool) -> None:
+    layer = torch.nn.Linear(256, 4, bias=False)
+    with torch.inference_mode(made_in):
+        layer._parameters["weight"] = make("Q8_0", 4, 256)[0]  # type: ignore[assignment]
+    with torch.inference_mode(asked_in):
+        assert layer.state_dict()["weight"].shape == (4, 256)
+
+
 def test_repr_reads_nothing() -> None:
     weight, _ = make("Q8_0", 64, 256)
     weight.packed = None  # type: ignore[assignment]

@@ -28,7 +28,7 @@ class Originals(Mapping[str, memoryview]):
 
     def __getitem__(self, name: str) -> memoryview:
         """Return a parameter's bytes, on a device by a copy."""
-        return view_bytes(self._weights[name].original.data.cpu())
+        return view_bytes(self._weights[name].memory.cpu())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distorch.integrations.resting import TORCH_DTYPES, RestingWeight
 from distorch.plan.blocks import Node, TensorSpec
+from distorch.quant.tensor import QuantTensor
 
 __all__ = ["Stored", "Tree", "Weight", "as_parameter", "describe"]
 
@@ -24,7 +25,7 @@ class Weight:
     """One tensor of a model: its parameter as found, and every place that names it."""
 
     name: str
-    original: nn.Parameter
+    original: nn.Parameter | QuantTensor
     shape: tuple[int, ...] = ()
     users: list[tuple[nn.Module, str]] = field(default_factory=list)
 
@@ -36,14 +37,27 @@ class Weight:
         assert found is not None, "a weight stays where it was named"
         return isinstance(found, RestingWeight) or found.device != _home(self.original)
 
+    @property
+    def memory(self) -> Tensor:
+        """What holds the parameter's values: of a packed weight, its blocks."""
+        weight = self.original
+        return weight.packed if isinstance(weight, QuantTensor) else weight.data
+
     def empty(self) -> None:
         """Let go of the parameter's values: they rest elsewhere now."""
-        self.original.data = self.original.data.new_empty(0)
+        self._hold(self.memory.new_empty(0))
 
     def fill(self, raw: Tensor) -> None:
         """Give the parameter its values again, from their bytes."""
-        value = raw.view(self.original.dtype).view(self.shape)
-        self.original.data = value.to(self.original.device)
+        if not isinstance(self.original, QuantTensor):
+            raw = raw.view(self.original.dtype).view(self.shape)
+        self._hold(raw.to(self.original.device))
+
+    def _hold(self, memory: Tensor) -> None:
+        if isinstance(self.original, QuantTensor):
+            self.original.packed = memory
+        else:
+            self.original.data = memory
 
     def restore(self, resting: RestingWeight) -> None:
         """Bring the weight to where it was: into the parameter from before, if that had values."""
@@ -51,14 +65,14 @@ class Weight:
         if self.original.is_meta:
             found = as_parameter(resting.whole(_home(self.original)))
         else:
-            self.original.data = resting.whole(_home(self.original))
+            self.fill(resting.raw(_home(self.original)))
         for owner, attribute in self.users:
             owner._parameters[attribute] = found  # type: ignore[assignment]  # may be lazy
 
     def give_up(self) -> None:
         """Put the parameter from before where it was, without its values: those are gone."""
         for owner, attribute in self.users:
-            owner._parameters[attribute] = self.original
+            owner._parameters[attribute] = self.original  # type: ignore[assignment]  # may be packed
 
 
 def _home(parameter: Tensor) -> torch.device:
@@ -143,7 +157,8 @@ def _node(
 def _spec(weight: Weight, stored: Mapping[str, Stored] | None) -> TensorSpec:
     parameter = weight.original
     looked_up = all(_looks_up(owner, attribute) for owner, attribute in weight.users)
-    kept = stored[weight.name] if stored is not None else None
+    looked_up = looked_up and not (isinstance(parameter, QuantTensor) and not parameter.is_matrix)
+    kept = stored[weight.name] if stored is not None else _as_packed(parameter)
     return TensorSpec(
         name=weight.name,
         dtype=kept.dtype if kept else _DTYPE_NAMES[parameter.dtype],
@@ -152,6 +167,18 @@ def _spec(weight: Weight, stored: Mapping[str, Stored] | None) -> TensorSpec:
         free=looked_up or len(weight.users) > 1,
         looked_up=looked_up,
         whole=kept.whole if kept else not _cuts_exactly(parameter),
+    )
+
+
+def _as_packed(parameter: Tensor) -> Stored | None:
+    """How a weight that is packed in memory is stored; none that is not."""
+    if not isinstance(parameter, QuantTensor):
+        return None
+    return Stored(
+        dtype=parameter.form.name,
+        shape=tuple(parameter.shape),
+        nbytes=parameter.nbytes,
+        whole=not (parameter.is_matrix and _cuts_exactly(parameter)),
     )
 
 
@@ -170,6 +197,8 @@ def _looks_up(owner: nn.Module, attribute: str) -> bool:
 
 def _immovable(parameter: Tensor) -> str:
     """Why a parameter cannot be moved as flat bytes; empty where it can."""
+    if isinstance(parameter, QuantTensor):
+        return ""
     if type(parameter) not in {nn.Parameter, Tensor}:
         return f"it is a {type(parameter).__name__}"
     if parameter.layout != torch.strided or not parameter.is_contiguous():

@@ -123,7 +123,15 @@ class RestingWeight(LazyWeight):
         return whole.materialize() if isinstance(whole, LazyWeight) else whole
 
     def whole(self, device: torch.device) -> Tensor:
-        """Read the whole weight into memory of its own on ``device``, as stored.
+        """Read the whole weight into memory of its own on ``device``, as stored."""
+        raw, first = self.raw(device), self.runs[0].part
+        part = Part(
+            tensor=first.tensor, dtype=first.dtype, shape=tuple(self.shape), nbytes=raw.numel()
+        )
+        return as_weight(raw, part, self.shape, self.dtype)
+
+    def raw(self, device: torch.device) -> Tensor:
+        """Read the weight's bytes into memory of their own on ``device``.
 
         What goes to the host does not pass through the device that computes.
         """
@@ -136,11 +144,7 @@ class RestingWeight(LazyWeight):
             raw[filled : filled + run.part.nbytes] = lease.part(run.index)
             self.executor.release(lease)
             filled += run.part.nbytes
-        first = self.runs[0].part
-        part = Part(
-            tensor=first.tensor, dtype=first.dtype, shape=tuple(self.shape), nbytes=raw.numel()
-        )
-        return as_weight(raw, part, self.shape, self.dtype)
+        return raw
 
     @contextmanager
     def _leased(self, run: Run) -> Iterator[Tensor]:

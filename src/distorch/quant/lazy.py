@@ -52,6 +52,10 @@ class LazyWeight(Tensor):
         """Return the whole weight as an ordinary tensor that stays valid."""
         raise NotImplementedError
 
+    def decoded(self) -> Tensor:
+        """Return the whole weight as an ordinary tensor that may be written to, for use at once."""
+        return self.materialize()
+
     @classmethod
     def __torch_function__(
         cls,
@@ -80,13 +84,16 @@ class LazyWeight(Tensor):
     ) -> Any:
         """Run any other operation on the whole weight."""
         if func is torch.ops.aten.detach.default:
-            return copy.copy(args[0])
+            with torch.inference_mode(args[0].is_inference()):  # a twin in this too
+                return copy.copy(args[0])
         if _writes(func) and isinstance(args[0], LazyWeight):
             raise ModelError(
                 f"{func} would change a weight in place, and this one is not in memory as such",
                 hint="distorch.handle_of(model).remove() first, then change it",
             )
-        with torch.inference_mode(mode=False):  # a view made in it could not be given back
+        tracked = torch.is_grad_enabled()
+        # outside inference mode, in which a view could not be given back
+        with torch.inference_mode(mode=False), torch.set_grad_enabled(tracked):
             args, kwargs = tree_map_only(
                 LazyWeight, lambda weight: weight.materialize(), (args, dict(kwargs or {}))
             )

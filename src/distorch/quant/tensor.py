@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -16,6 +17,7 @@ __all__ = ["QuantTensor"]
 
 _TILE_ELEMENTS = 1 << 19  # 2 MiB of float32: decoded and multiplied before it leaves the cache
 _TILE_ROW_MULTIPLE = 64
+_TO = torch.ops.aten._to_copy.default  # noqa: SLF001  (how torch calls the operation)
 
 
 class QuantTensor(LazyWeight):
@@ -48,6 +50,7 @@ class QuantTensor(LazyWeight):
         self = LazyWeight.__new__(cls, shape, dtype, packed.device)
         self.packed, self.form, self.compute_dtype = packed.view(-1), form, dtype
         self.columns = shape[-1] if shape else 1
+        self.is_matrix = self.is_matrix and self.columns % form.elements == 0  # rows of blocks
         self.row_bytes = self.columns // form.elements * form.nbytes
         self.rows = packed.numel() // self.row_bytes if self.row_bytes else 0
         return self
@@ -55,6 +58,54 @@ class QuantTensor(LazyWeight):
     def __copy__(self) -> QuantTensor:
         """Another wrapper of the same bytes."""
         return QuantTensor(self.packed, self.form, tuple(self.shape), self.compute_dtype)
+
+    def on(self, device: torch.device | str, *, non_blocking: bool = False) -> QuantTensor:
+        """Return the same weight in the memory of ``device``, packed."""
+        packed = self.packed.to(device, non_blocking=non_blocking)
+        return QuantTensor(packed, self.form, tuple(self.shape), self.compute_dtype)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]  # torch's too cannot be set
+        """Bytes of memory that the weight takes, as stored."""
+        return self.packed.numel()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub is not its documentation
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Keep the weight packed on its way to another device; decode it for all else."""
+        kwargs = kwargs or {}
+        if func is _TO and isinstance(args[0], QuantTensor):
+            weight, device = args[0], kwargs.get("device")
+            if device is not None and kwargs.get("dtype") in {None, weight.compute_dtype}:
+                return weight.on(device, non_blocking=bool(kwargs.get("non_blocking")))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        """Say what the weight is made of, by which ``module.to`` knows how to replace it."""
+        return ["packed"], (self.form, tuple(self.shape), self.compute_dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: Mapping[str, Tensor], made_of: tuple[Any, ...], *_: Any
+    ) -> QuantTensor:
+        """Make the weight again."""
+        return QuantTensor(parts["packed"], *made_of)
+
+    def decoded(self) -> Tensor:
+        """Return the whole weight in float32, where possible in the thread's scratch.
+
+        It may be written to, and is to be used at once: the next weight takes its place.
+        """
+        if self.packed.device.type == "cpu":
+            out = scratch(self.numel())
+        else:
+            out = torch.empty(self.numel(), dtype=torch.float32, device=self.packed.device)
+        return dequantize(self.packed, self.form, out).view(self.shape)
 
     def materialize(self) -> Tensor:
         """Return the whole weight, decoded into memory of its own."""
