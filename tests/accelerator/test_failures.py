@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEVICE, PEER = "vgpu:0", "vgpu:1"
+RING_BYTES = 810_000  # three slots of the largest blocks: streamed ones come again in each step
 LINES = ["vgpu:0,30%;vgpu:1,70%", "vgpu:0,20%;cpu,30%;vgpu:1,30%;disk,20%"]
 
 
@@ -45,7 +46,12 @@ class Plain:
         self, line: str, progress: Callable[[int, int], None] | None = None
     ) -> distorch.Handle:
         return distorch.distribute(
-            self.module, line, compute=DEVICE, machine=MACHINE, progress=progress
+            self.module,
+            line,
+            compute=DEVICE,
+            ring=RING_BYTES,
+            machine=MACHINE,
+            progress=progress,
         )
 
     def check_brought_back(self, handle: distorch.Handle, lost: int) -> None:

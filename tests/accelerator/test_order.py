@@ -5,7 +5,7 @@ Links are slow here, or compute is, so that whatever does not wait is early ever
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,16 @@ def test_memory_is_freed_after_the_copies_and_the_readers_of_it(way: str, slow: 
         del executor
         torch.accelerator.synchronize(DEVICE)
         assert all(map(is_right, found, range(4)))
+
+
+def test_what_one_donor_still_sends_is_waited_for_although_another_is_lost() -> None:
+    for source in ("cpu", PEER):
+        vgpu.set_link(source, DEVICE, NBYTES / 0.05)
+    settings = vgpu.settings(races="count")
+    with suppress(RuntimeError), settings, running(["cpu", PEER]) as executor:
+        read(executor, 0)
+        vgpu.lose(1)
+    assert vgpu.races() == ()
 
 
 def test_a_blocks_bytes_rest_where_they_were_put_when_put_returns() -> None:

@@ -100,7 +100,9 @@ class Link:
         return self._watch.seconds()
 
     def wait(self) -> None:
-        """Wait for what is on its way, once the device that computes has been waited for."""
+        """Wait for what is on its way, whatever has failed on another."""
+        with suppress(RuntimeError):
+            self.stream.synchronize()
 
     def close(self) -> None:
         """Free what blocks pass through, of which nothing is on its way any more."""
@@ -143,8 +145,8 @@ class _PeerLink(Link):
             slot.copy_(memory, non_blocking=True)
 
     def wait(self) -> None:
-        # A device that is gone ends its copies at once, and the donor may be in the midst of one.
-        with suppress(RuntimeError):
+        super().wait()
+        with suppress(RuntimeError):  # it may be in the midst of a copy to a device that is gone
             self._source.synchronize()
 
 
