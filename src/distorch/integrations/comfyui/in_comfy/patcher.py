@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from distorch.integrations.attach import Handle, distribute, plan_for
+from distorch.integrations.comfyui.in_comfy.ordinary import make_ordinary
 from distorch.integrations.request import Request
 
 __all__ = ["DistributedPatcher", "adopt", "handle_in"]
@@ -44,7 +45,12 @@ def adopt(
     twin = patcher.clone()
     twin.__class__ = _class_for(type(patcher))
     twin.request = request
-    plan = plan_for(_module(twin.model), request)
+    placed = _placed(twin.model)
+    if placed is None:
+        make_ordinary(_module(twin.model))
+        plan = plan_for(_module(twin.model), request)
+    else:
+        plan = placed.handle.plan_as(request, None)
     twin.load_device = torch.device(plan.compute)
     twin.size = plan.bytes_by_tier[plan.compute] + plan.ring.nbytes
     return twin
@@ -88,6 +94,7 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         result = super().load(device_to, _NOTHING, False, False, **more)
         if placed is None:
             self._bake()
+            make_ordinary(_module(self.model))
             handle = distribute(
                 _module(self.model),
                 self.request.allocation,
@@ -103,6 +110,8 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     def partially_load(self, *args: Any, **kwargs: Any) -> Any:
         """Load as ComfyUI does; weights that are placed stay where they are."""
+        if _placed(self.model) is None and self.model.model_loaded_weight_memory:
+            super().unpatch_model(self.offload_device, True)  # a patcher of ComfyUI's loaded it
         self._is_reloading = True
         try:
             return super().partially_load(*args, **kwargs)
