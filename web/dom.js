@@ -9,15 +9,16 @@ export function make(tag, { aria = {}, style = {}, ...properties } = {}, ...chil
   return element;
 }
 
-/** A bar of coloured parts; each part is [class, share of the bar]. The text beside it says it all. */
+/** A bar of coloured parts, each [class, share of the bar]; the text beside it says it all. */
 export function bar(parts) {
   let left = 1;
-  const pieces = parts.map(([name, share]) => {
+  const element = make("div", { className: "distorch-bar", aria: { hidden: "true" } });
+  for (const [className, share] of parts) {
     const width = Math.max(0, Math.min(share || 0, left));
     left -= width;
-    return make("span", { className: name, style: { width: `${width * 100}%` } });
-  });
-  return make("div", { className: "distorch-bar", aria: { hidden: "true" } }, ...pieces);
+    if (width) element.append(make("span", { className, style: { width: `${width * 100}%` } }));
+  }
+  return element;
 }
 
 /** Load our style sheet once. */

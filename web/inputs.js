@@ -19,27 +19,31 @@ export function splitsOf(node) {
     const first = (...names) => names.map((name) => named(prefix + name)).find(Boolean);
     return [
       {
-        prefix,
-        line,
-        compute: first("compute_device", "device", "compute"),
-        gb: first("virtual_vram_gb"),
-        donor: first("donor_device"),
+        title: prefix.replaceAll("_", " ").trim(), // "unet" and "clip" where a node has both
+        widgets: {
+          line,
+          compute: first("compute_device", "device", "compute"),
+          gb: first("virtual_vram_gb"),
+          donor: first("donor_device"),
+          others: first("use_other_vram"),
+        },
       },
     ];
   });
 }
 
 /** What to ask the server about a split, or null where its line comes over a link. */
-export function questionOf(node, split, typed = new Map()) {
+export function questionOf(node, { title, widgets }, typed = new Map()) {
   const value = (widget) => typed.get(widget) ?? widget?.value;
-  if (isLinked(node, split.line)) return null;
+  if (isLinked(node, widgets.line)) return null;
   const question = {
-    text: String(value(split.line) ?? ""),
-    compute_device: device(value(split.compute)),
-    files: split.prefix ? [] : filesOf(node), // a checkpoint's parts have no size of their own
+    text: String(value(widgets.line) ?? ""),
+    compute_device: device(value(widgets.compute)),
+    files: title ? [] : filesOf(node), // a checkpoint's parts have no size of their own
   };
-  if (split.gb) question.virtual_vram_gb = Number(value(split.gb));
-  if (split.donor) question.donor_device = device(value(split.donor));
+  if (widgets.gb) question.virtual_vram_gb = Number(value(widgets.gb));
+  if (widgets.others) question.use_other_vram = Boolean(value(widgets.others));
+  if (widgets.donor) question.donor_device = device(value(widgets.donor));
   return question;
 }
 

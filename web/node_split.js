@@ -22,6 +22,11 @@ export function attach(node) {
     (node.distorchViews ??= []).push(view);
     view.refresh();
   }
+  const { onConnectionsChange } = node;
+  node.onConnectionsChange = function (...given) {
+    refresh(node); // the size of what is given comes over a link
+    return onConnectionsChange?.apply(this, given);
+  };
 }
 
 /** Draw all splits of a node again, as after a workflow was opened. */
@@ -31,6 +36,7 @@ export function refresh(node) {
 
 /** Follow what is typed into the canvas's own dialog, before it is confirmed. */
 export function followDialogs() {
+  document.addEventListener("pointerdown", forget, { capture: true });
   document.addEventListener("input", ({ target }) => {
     const dialog = target.closest?.(".graphdialog");
     if (!dialog || !touched) return;
@@ -47,6 +53,11 @@ export function followDialogs() {
   });
 }
 
+/** A dialog belongs to the click that opened it; the next click may be another widget's. */
+function forget({ target }) {
+  if (!target.closest?.(".graphdialog")) touched = null;
+}
+
 class SplitView {
   constructor(node, split) {
     this.node = node;
@@ -56,23 +67,18 @@ class SplitView {
     this.content = make("div", { className: "distorch-content" });
     this.element = make(
       "div",
-      { className: "distorch-split", role: "group", aria: { label: this.label() } },
+      { className: "distorch-split", role: "group", aria: { label: labelOf(split) } },
       this.content,
     );
     this.addWidget();
-    for (const widget of [split.line, split.compute, split.gb, split.donor, ...files(node)]) {
+    for (const widget of [...Object.values(split.widgets), ...files(node)]) {
       if (widget) this.follow(widget);
     }
   }
 
-  label() {
-    const part = this.split.prefix.replaceAll("_", " ").trim();
-    return part ? `${say("split")}: ${part}` : say("split");
-  }
-
   addWidget() {
     const height = () => this.height + 2 * MARGIN;
-    const name = WIDGET + (this.split.prefix && `_${this.split.prefix}`);
+    const name = WIDGET + (this.split.title && `_${this.split.title}`);
     const widget = this.node.addDOMWidget(name, "distorch_split", this.element, {
       serialize: false, // not an input of the node
       hideOnZoom: false,
@@ -110,7 +116,8 @@ class SplitView {
   async ask(typed) {
     const turn = (this.turn += 1);
     const question = questionOf(this.node, this.split, typed);
-    const elements = question ? await answerTo(question) : drawNote(say("linked"));
+    const { title } = this.split;
+    const elements = question ? await answerTo(question, title) : drawNote(say("linked"));
     if (turn === this.turn) this.content.replaceChildren(...elements);
   }
 
@@ -128,11 +135,15 @@ class SplitView {
   }
 }
 
+function labelOf({ title }) {
+  return title ? `${say("split")}: ${title}` : say("split");
+}
+
 function files(node) {
   return (node.widgets ?? []).filter(({ type, name }) => type === "combo" && /name/.test(name));
 }
 
-async function answerTo(question) {
+async function answerTo(question, title) {
   try {
     const response = await api.fetchApi("/distorch/preview", {
       method: "POST",
@@ -140,7 +151,7 @@ async function answerTo(question) {
       body: JSON.stringify(question),
     });
     const answer = await response.json();
-    return response.ok ? drawSplit(answer) : [drawError(answer.error)];
+    return response.ok ? drawSplit(answer, title) : [drawError(answer.error)];
   } catch {
     return drawNote(say("away"));
   }

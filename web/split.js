@@ -4,10 +4,10 @@
 import { bar, make } from "./dom.js";
 import { bytes, percent, say } from "./words.js";
 
-/** The elements for one answer. */
-export function drawSplit(answer) {
-  const elements = [headOf(answer)];
-  if (answer.entries?.length) {
+/** The elements for one answer, under a title where a node has several splits. */
+export function drawSplit(answer, title) {
+  const elements = [headOf(answer, title)];
+  if (answer.entries.length) {
     elements.push(make("ul", { className: "distorch-rows" }, ...answer.entries.map(rowOf)));
   }
   if (answer.error) elements.push(drawError(answer.error));
@@ -36,15 +36,15 @@ export function drawNote(text) {
   return [make("div", { className: "distorch-head" }, text)];
 }
 
-function headOf({ canonical, model_bytes: size, entries }) {
-  const about = size ? say("about", { size: bytes(size) }) : "";
-  const line = canonical === "auto" && !entries?.length ? `auto: ${say("auto")}` : canonical;
-  return make(
-    "div",
-    { className: "distorch-head" },
-    make("code", {}, line),
-    about ? make("span", {}, about) : null,
-  );
+function headOf({ canonical, model_bytes: size, entries, error }, title) {
+  const isOpen = canonical === "auto" && !entries.length;
+  const line = isOpen ? `auto: ${say("auto")}` : canonical;
+  const parts = [
+    title && make("strong", {}, title),
+    line && line !== error?.text && make("code", {}, line), // else it stands over the caret
+    size && make("span", {}, say("about", { size: bytes(size) })),
+  ];
+  return make("div", { className: "distorch-head" }, ...parts.filter(Boolean));
 }
 
 function rowOf(entry) {
