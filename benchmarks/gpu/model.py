@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distorch.integrations import attach
-from distorch.integrations.module_tree import Stored, Tree, as_parameter, describe
+from distorch.integrations import planning
+from distorch.integrations.module_tree import Stored, Tree, as_parameter, describe, whole
 from distorch.integrations.resting import as_weight
 from distorch.plan.blocks import Block, Part
 from distorch.quant.block_formats import block_format
 from gpu.arena import Arena
 from gpu.shapes import Shape
 
-_attach: Any = attach
-
+_planning: Any = planning  # a tiny model is cut more finely there
 _TILE = (1 << 24) - 4099  # random numbers take long: one draw for all, of an odd length
 _TILE_BLOCKS = 60_007  # of packed ones
 _SPREAD = 0.02  # of a bias, and of packed weights
@@ -48,7 +47,8 @@ class Model:
         self.name = shape.name if form == "BF16" else f"{shape.name} {form}"
         self.stored = None if form == "BF16" else _stored(shape, form)
         tree = self.tree(self.empty())
-        self.blocks = _attach.cut(tree.root)  # as `distribute` does, whatever it takes for a block
+        root = tree.root if self.stored else whole(tree.root)
+        self.blocks = _planning.cut(root)  # as `distribute` does, whatever it takes for a block
         self.groups: dict[str, Tensor] = {}
         self.block_memory: dict[str, Tensor] = {}
         self.spans: dict[str, Span] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distorch.integrations import attach
+from distorch.integrations import planning
 from distorch.plan.blocks import cut
 from gpu.arena import Arena, first_line
 from gpu.device import Device, Figures, find, hardware, host_memory
@@ -82,10 +82,10 @@ def run(options: Options) -> Figures:
         most_passes=scale.most_passes,
         warm_passes=scale.warm_passes,
     )
-    attached: Any = attach
-    whole = attached.cut
+    plans: Any = planning
+    usual = plans.cut
     if scale.block_bytes:  # or a tiny model would be a block or two
-        attached.cut = partial(cut, target_bytes=scale.block_bytes)
+        plans.cut = partial(cut, target_bytes=scale.block_bytes)
     try:
         clock.say("links")
         found["links"], bench.speeds = measure_links(
@@ -94,7 +94,7 @@ def run(options: Options) -> Figures:
         _write(options, found)
         _run_workloads(bench, scale, options, found)
     finally:
-        attached.cut = whole
+        plans.cut = usual
         torch.set_num_threads(threads)
         found["seconds"] = clock.passed
         _write(options, found)

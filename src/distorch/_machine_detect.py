@@ -8,19 +8,18 @@ nothing to read. `distorch.machine.Machine.detect` is the public door. It import
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from distorch._machine_accelerators import Memory, read_accelerators
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["Memory", "read_memories"]
 

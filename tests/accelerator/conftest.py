@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from distorch import vgpu
-from distorch.integrations import attach
+from distorch.integrations import planning
 from distorch.plan.blocks import Block, cut
 from distorch.tiers import Destination
 from distorch.tiers.disk import DiskTier
@@ -85,7 +85,7 @@ def left() -> tuple[list[int], int, list[str]]:
 @pytest.fixture(autouse=True)
 def _many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models have many blocks too."""
-    monkeypatch.setattr(attach, "cut", functools.partial(cut, target_bytes=1))
+    monkeypatch.setattr(planning, "cut", functools.partial(cut, target_bytes=1))
 
 
 @pytest.fixture(autouse=True)

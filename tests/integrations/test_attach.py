@@ -409,12 +409,12 @@ def test_modules_of_any_shape_compute_the_plain_bits(
     machine: Machine,
 ) -> None:
     """``target`` cuts the module finely, as if it were large."""
-    from distorch.integrations import attach
+    from distorch.integrations import planning
 
     module, width = stack
     inputs = [torch.randn(tokens, width) for _ in range(3)]
     with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
-        patched.setattr(attach, "cut", functools.partial(cut, target_bytes=target))
+        patched.setattr(planning, "cut", functools.partial(cut, target_bytes=target))
         expected = [module(x) for x in inputs]
         handle = distorch.distribute(module, line, machine=machine)
         assert all(equal(module(x), y) for x, y in zip(inputs, expected, strict=True))
@@ -954,9 +954,9 @@ def test_a_shared_weight_that_a_module_returns_is_the_weight(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It rests elsewhere and has no memory of its own to look at."""
-    from distorch.integrations import attach
+    from distorch.integrations import planning
 
-    monkeypatch.setattr(attach, "cut", functools.partial(cut, target_bytes=1))
+    monkeypatch.setattr(planning, "cut", functools.partial(cut, target_bytes=1))
 
     class Gives(nn.Module):
         def __init__(self, weight: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor, nn
 
-from distorch.integrations import attach
+from distorch.integrations import planning
 from distorch.integrations.attach import Handle
 from distorch.integrations.module_tree import Stored, describe
 from distorch.integrations.request import Request
@@ -36,7 +36,7 @@ class Gives(nn.Module):
 @pytest.fixture
 def packed_model(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.ModuleList, list[Tensor], Handle]:
     """Modules that stream from Q8_0, one block each; the dense weights; the handle."""
-    monkeypatch.setattr(attach, "cut", functools.partial(cut, target_bytes=1))
+    monkeypatch.setattr(planning, "cut", functools.partial(cut, target_bytes=1))
     rng = np.random.default_rng(0)
     kind = gguf.GGMLQuantizationType.Q8_0
     with torch.device("meta"):

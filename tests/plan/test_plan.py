@@ -113,7 +113,7 @@ def test_what_is_no_plan_says_how_to_get_one(text: str) -> None:
 def test_a_block_whose_bytes_are_not_its_parts_is_refused() -> None:
     data = json.loads(streaming_plan(equal_blocks(2, 64), num_slots=2).to_json())
     data["placements"][0]["block"]["nbytes"] += 64
-    with pytest.raises(FormatError, match=r"m0 .*128"):
+    with pytest.raises(FormatError, match=r"m0 .*320"):
         Plan.from_json(json.dumps(data))
 
 

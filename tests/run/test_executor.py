@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from distorch.errors import ExecutorError, StorageError
 from distorch.formats import TensorInfo
-from distorch.plan.blocks import Block
+from distorch.plan.blocks import ALIGNMENT_BYTES, Block
 from distorch.plan.plan import Plan
 from distorch.run import executor as executor_module
 from distorch.run.executor import Executor, Lease
@@ -462,7 +462,7 @@ def test_the_counters_agree_with_the_reads() -> None:
         _visit(executor, *range(6))
         executor.end_step(complete=True)
     stats = executor.stats()
-    assert stats.streamed_bytes == 64 * len(store.reads)
+    assert stats.streamed_bytes == ALIGNMENT_BYTES * len(store.reads)
     assert stats.num_visits == 6
     assert 0 < stats.waited_seconds <= stats.step_seconds
     assert len(store.reads) * 0.001 / 2 <= stats.transfer_seconds

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,21 +14,19 @@ from distorch.errors import ModelError
 from distorch.integrations.bracket import Bracket, Place, mark_steps
 from distorch.integrations.companions import Companions
 from distorch.integrations.filling import Originals, Progress, fill, lost
-from distorch.integrations.memories import as_seen, check_here, machine_here, open_stores, pins_for
+from distorch.integrations.memories import open_stores, pins_for
 from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe
+from distorch.integrations.planning import Planning
 from distorch.integrations.request import Request
 from distorch.integrations.resting import RestingWeight, Run, as_weight
 from distorch.machine import Machine
-from distorch.plan.blocks import cut
-from distorch.plan.cost import with_usual_links
+from distorch.plan.blocks import ALIGNMENT_BYTES, CPU_ALIGNMENT_BYTES
 from distorch.plan.plan import Plan
-from distorch.plan.planner import check_room, make_plan
 from distorch.run.executor import Executor
 from distorch.run.stats import Stats
-from distorch.simulate import judge_of_links
 from distorch.tiers import Source, Store
 from distorch.tiers.pinned import Pins
-from distorch.tiers.sources import MemorySource
+from distorch.tiers.sources import FileSource, MemorySource
 
 __all__ = ["Handle", "Progress", "distribute", "handle_of", "plan_for"]
 
@@ -142,11 +138,8 @@ class Handle:
     ) -> None:
         self._module = module
         self._tree = tree
-        self._blocks = cut(tree.root)
         self._source = source
         self._open_stores = opened_by or partial(open_stores, in_place=source is not None)
-        model_bytes = sum(block.nbytes for block in self._blocks)
-        self._homes = _homes(tree) if source is None else {"disk": model_bytes}
         self._request = Request()
         self._hooks: list[RemovableHandle] = []
         self._brackets: list[Bracket] = []
@@ -209,6 +202,9 @@ class Handle:
         plan = self.plan_as(request, machine)
         pins, kept = pins_for(plan), self._kept(plan)
         weights = {} if self._source else self._tree.weights
+        if isinstance(self._source, FileSource):
+            on_host = plan.compute == "cpu"
+            self._source.align_to(CPU_ALIGNMENT_BYTES if on_host else ALIGNMENT_BYTES)
         stores = self._open_stores(plan, pins, kept)
         executor = _executor(plan, stores, pins)  # first: no weight moves if its ring has no room
         try:
@@ -247,31 +243,7 @@ class Handle:
 
     def plan_as(self, request: Request, machine: Machine | None) -> Plan:
         """Return the plan that a request comes to on a machine (None: this one), as it is now."""
-        model_bytes = sum(block.nbytes for block in self._blocks)
-        machine = as_seen(
-            machine or machine_here(request.folder),
-            self._homes,
-            any_tier=request.names_its_devices,
-        )
-        if isinstance(request.allocation, Plan):
-            plan = request.allocation.for_blocks(self._blocks)
-            check_room(plan, machine)
-        else:
-            line, judge = request.line(model_bytes, machine), None
-            device = line.resolve(model_bytes, machine, request.compute).compute
-            if line.mode == "auto" and device != "cpu":  # donors are dealt to by their links
-                machine = with_usual_links(machine, device)
-                judge = judge_of_links(self._blocks, machine)
-            plan = make_plan(
-                self._blocks,
-                line,
-                machine,
-                compute=request.compute,
-                ring_bytes=request.ring_bytes,
-                judge=judge,
-            )
-        check_here(plan)
-        return replace(plan, notes=plan.notes + self._tree.notes)
+        return Planning(self._tree, in_place=self._source is not None).plan(request, machine)
 
     def _kept(self, plan: Plan) -> frozenset[str]:
         """The weights that stay in the module's own tensors: all their rows rest where they are."""
@@ -354,14 +326,6 @@ def _executor(plan: Plan, stores: Mapping[str, Store], pins: Pins) -> Executor:
         for store in stores.values():
             store.close()
         raise
-
-
-def _homes(tree: Tree) -> Counter[str]:
-    """Bytes of the weights on each device that they are on now."""
-    homes: Counter[str] = Counter()
-    for weight in tree.weights.values():
-        homes[str(weight.original.device)] += weight.original.nbytes
-    return homes
 
 
 def _place(weight: Weight, executor: Executor, runs: Sequence[Run]) -> Place:

@@ -25,10 +25,16 @@ class Originals(Mapping[str, memoryview]):
 
     def __init__(self, weights: Mapping[str, Weight]) -> None:
         self._weights = weights
+        self._fetched: tuple[str, memoryview] | None = None
 
     def __getitem__(self, name: str) -> memoryview:
-        """Return a parameter's bytes, on a device by a copy."""
-        return view_bytes(self._weights[name].memory.cpu())
+        """Return a parameter's bytes; from a device it is fetched, once for all of its runs."""
+        found = self._weights[name].memory
+        if found.device.type == "cpu":
+            return view_bytes(found)
+        if self._fetched is None or self._fetched[0] != name:
+            self._fetched = name, view_bytes(found.cpu())
+        return self._fetched[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from distorch.integrations.resting import TORCH_DTYPES, RestingWeight
 from distorch.plan.blocks import Node, TensorSpec
 from distorch.quant.tensor import QuantTensor
 
-__all__ = ["Stored", "Tree", "Weight", "as_parameter", "describe"]
+__all__ = ["Stored", "Tree", "Weight", "as_parameter", "describe", "whole"]
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _THREAD_ROWS = 128  # a matrix product adds in one order over whole groups of so many rows
@@ -151,6 +151,15 @@ def _node(
         children=tuple(children),
         callable=not isinstance(module, _CONTAINERS),
         atomic=isinstance(module, nn.MultiheadAttention),
+    )
+
+
+def whole(node: Node) -> Node:
+    """Return the tree with weights that are not cut by rows."""
+    return replace(
+        node,
+        tensors=tuple(replace(spec, whole=True) for spec in node.tensors),
+        children=tuple(whole(child) for child in node.children),
     )
 
 

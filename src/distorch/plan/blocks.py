@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 
 __all__ = [
     "ALIGNMENT_BYTES",
+    "CPU_ALIGNMENT_BYTES",
     "SECTOR_BYTES",
     "Block",
     "Node",
@@ -24,7 +25,10 @@ __all__ = [
     "whole_sectors",
 ]
 
-ALIGNMENT_BYTES = 64  # a weight at any other address changes the last bit of a matrix product
+# A weight at another address can change the last bit of a matrix product: CPUs' libraries look at
+# 64 bytes, and cuBLAS, when it chooses an algorithm, at up to 256.
+ALIGNMENT_BYTES = 256
+CPU_ALIGNMENT_BYTES = 64
 SECTOR_BYTES = 4096  # what a disk reads at least: many say 512, and no disk or memory more
 
 _TARGET_BYTES = 8 << 20  # large enough for a disk's full speed, small enough to spread finely
@@ -34,10 +38,10 @@ _SMALL_BYTES = 64 << 10  # norms and biases: kept apart, since a visit would cos
 
 
 def aligned(nbytes: int) -> int:
-    """Round up to the next multiple of 64 bytes.
+    """Round up to the next multiple of 256 bytes.
 
     >>> aligned(65)
-    128
+    256
     """
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
@@ -102,7 +106,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """The smallest thing that is placed: one flat run of bytes, every part 64-byte aligned.
+    """The smallest thing that is placed: one flat run of bytes, every part 256-byte aligned.
 
     ``module`` is the module that brackets it, or None for a free block. A ``looked_up`` block never
     visits the ring: single rows are read from where it rests.

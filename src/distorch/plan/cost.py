@@ -61,7 +61,7 @@ class Profile:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of all blocks as stored, each tensor rounded up to 64 bytes."""
+        """Bytes of all blocks as stored, each tensor rounded up to 256 bytes."""
         return sum(block.nbytes for block in self.blocks)
 
     @property

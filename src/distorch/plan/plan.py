@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of all blocks, each tensor rounded up to 64 bytes."""
+        """Bytes of all blocks, each tensor rounded up to 256 bytes."""
         return sum(placement.block.nbytes for placement in self.placements)
 
     @property

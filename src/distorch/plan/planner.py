@@ -13,7 +13,7 @@ from distorch.plan.auto import auto_plan
 from distorch.plan.blocks import Block
 from distorch.plan.judge import Best, Judge, assemble
 from distorch.plan.plan import Plan, gib
-from distorch.plan.rings import rings
+from distorch.plan.rings import rings, roomy_ring
 from distorch.plan.search import TINY_BYTES, resident_sets, spread
 
 __all__ = ["Judge", "check_room", "make_plan"]
@@ -104,6 +104,8 @@ class _Job:
                 self.blocks[index] for index in streamed if not self.blocks[index].looked_up
             ]
             tried = rings(visitors, self.ring_bytes, several=self.judge is not None)
+            if self.judge is None and self.ring_bytes is None and resolved.compute != "cpu":
+                tried = iter([roomy_ring(visitors, room_bytes - budget_bytes)])
             for number, ring in enumerate(tried):
                 if not number or ring.nbytes <= most_bytes:
                     line, notes_of_all = str(self.allocation), resolved.notes + notes

@@ -10,13 +10,14 @@ from distorch.errors import AllocationError
 from distorch.plan.blocks import Block
 from distorch.plan.plan import Ring, gib
 
-__all__ = ["rings", "usual_ring"]
+__all__ = ["rings", "roomy_ring", "usual_ring"]
 
 _SMALL_BYTES = 16 << 20
 _SLOTS_IF_SMALL = 4
 _SLOTS_IF_LARGE = 3  # one in use, one ready, one on its way
 _FEWEST_SLOTS = 2
 _SLOTS_TRIED = (8, 16, 2, 3, 4)
+_ROOMY_BYTES, _ROOMY_PART = 1 << 30, 8
 
 
 def rings(visitors: Sequence[Block], ring_bytes: int | None, *, several: bool) -> Iterator[Ring]:
@@ -32,6 +33,20 @@ def rings(visitors: Sequence[Block], ring_bytes: int | None, *, several: bool) -
             ring = replace(usual, num_slots=min(num_slots + more, max(len(visitors), 2)))
             if ring != usual:
                 yield ring
+
+
+def roomy_ring(visitors: Sequence[Block], room_bytes: int) -> Ring:
+    """Return the ring for a fast device: more slots than usual where there is room.
+
+    A link that is faster than some layers and slower than others works ahead through the first.
+    It gets to a GiB, and no more than one part in eight of what visits.
+    """
+    usual = usual_ring(visitors)
+    if not visitors:
+        return usual
+    visiting_bytes = sum(block.nbytes for block in visitors)
+    num_slots = min(room_bytes, _ROOMY_BYTES, visiting_bytes // _ROOMY_PART) // usual.slot_bytes
+    return replace(usual, num_slots=max(usual.num_slots, num_slots))
 
 
 def usual_ring(visitors: Sequence[Block], ring_bytes: int | None = None) -> Ring:

@@ -18,6 +18,7 @@ from distorch.quant.native import Kernel, kernel
 __all__ = ["dequantize", "scratch"]
 
 _TILE_BLOCKS = 32768  # torch decodes through temporaries: small ones stay in the cache
+_DEVICE_TILE_BLOCKS = 1 << 17  # on a device, launches cost more than temporaries
 _PROBE_BLOCKS = 256
 
 
@@ -68,8 +69,9 @@ def _decode_on_host(packed: Tensor, name: str, out: Tensor) -> None:
 def _decode_by_torch(packed: Tensor, form: type[BlockFormat], out: Tensor) -> None:
     num_blocks = packed.numel() // form.nbytes
     blocks, decoded = packed.view(num_blocks, form.nbytes), out.view(num_blocks, form.elements)
-    for first in range(0, num_blocks, _TILE_BLOCKS):
-        tile = slice(first, first + _TILE_BLOCKS)
+    size = _TILE_BLOCKS if packed.device.type == "cpu" else _DEVICE_TILE_BLOCKS
+    for first in range(0, num_blocks, size):
+        tile = slice(first, first + size)
         decoded[tile] = form.decode(blocks[tile])
 
 

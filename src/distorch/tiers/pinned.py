@@ -76,8 +76,14 @@ class Pins:
         if self._registration is None:
             with torch.inference_mode(mode=False):
                 return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        memory = allocate_pages(nbytes)
-        self._registration[0](memory.data_ptr(), nbytes)
+        memory = allocate_pages(nbytes).zero_()  # several threads touch the pages, not the driver
+        try:
+            self._registration[0](memory.data_ptr(), nbytes)
+        except RuntimeError:
+            if self._pinned:
+                raise
+            self._registration = None  # some systems only refuse to register
+            return self._pin(nbytes)
         return memory
 
 

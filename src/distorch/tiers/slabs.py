@@ -19,14 +19,14 @@ class Slabs:
     """A place for each of ``blocks``, in slabs that ``allocate`` makes when they are first used.
 
     A caching allocator rounds what it is asked for, and to pin memory costs a call: few slabs keep
-    both small. No block lies in two; each begins at a multiple of 64 bytes of its slab.
+    both small. No block lies in two; each begins at a multiple of 256 bytes of its slab.
 
     >>> from distorch.plan.blocks import Part
     >>> part = Part(tensor="w", dtype="U8", shape=(3,), nbytes=3)
     >>> block = Block(name="w", parts=(part,), module="w")
     >>> slabs = Slabs([block], allocate=bytearray)
     >>> len(slabs.place(block))
-    64
+    256
     """
 
     def __init__(self, blocks: Iterable[Block], allocate: Callable[[int], Tensor]) -> None:

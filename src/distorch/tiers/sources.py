@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from distorch.formats import DTYPES, TensorInfo
-from distorch.plan.blocks import ALIGNMENT_BYTES, SECTOR_BYTES, Block, Part, whole_sectors
+from distorch.plan.blocks import CPU_ALIGNMENT_BYTES, SECTOR_BYTES, Block, Part, whole_sectors
 from distorch.tiers import Copied, Destination, Lying, destinations
 from distorch.tiers.file_reader import FileReader
 
@@ -33,6 +35,7 @@ class FileSource:
         self, infos: Mapping[str, TensorInfo], amend: Mapping[str, Amend] | None = None
     ) -> None:
         self._infos = infos
+        self._alignment_bytes = CPU_ALIGNMENT_BYTES
         self._amend = amend or {}
         self._readers: dict[Path, FileReader] = {}
         self._spans: dict[str, Sequence[_Span]] = {}
@@ -44,6 +47,12 @@ class FileSource:
         except BaseException:
             self.close()
             raise
+
+    def align_to(self, nbytes: int) -> None:
+        """Say how dense parts have to be aligned in a slot: what lies otherwise is copied."""
+        self._alignment_bytes = nbytes
+        self._spans.clear()
+        self._layouts.clear()
 
     def read(self, wanted: Sequence[Destination]) -> None:
         """Copy each part's bytes from its file: neighbours in one read."""
@@ -143,7 +152,7 @@ class FileSource:
         if part.nbytes < _SMALL_BYTES or part.tensor in self._amend:
             return False
         dense = DTYPES[part.dtype].block_elements == 1
-        return not dense or self._offset(part) % ALIGNMENT_BYTES == 0
+        return not dense or self._offset(part) % self._alignment_bytes == 0
 
     def close(self) -> None:
         """Close the files."""
@@ -166,7 +175,9 @@ class MemorySource(Copied):
         """Copy each part's bytes."""
         for part, out in wanted:
             start = part.first_row * (part.nbytes // part.shape[0]) if part.first_row else 0
-            out[:] = self._memory[part.tensor][start : start + part.nbytes]
+            found = self._memory[part.tensor][start : start + part.nbytes]
+            # numpy lets go of the interpreter while it copies; a slice of a memoryview does not
+            np.frombuffer(out, np.uint8)[:] = np.frombuffer(found, np.uint8)
 
     def read_block(self, block: Block, slot: memoryview) -> None:
         """Copy a block's parts to their offsets."""
