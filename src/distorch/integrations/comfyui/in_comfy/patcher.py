@@ -145,6 +145,19 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
             self._bring_back()
         return super().unpatch_model(device_to, unpatch_weights)
 
+    def is_clone(self, other: Any) -> Any:
+        """Say whether both own one model; ComfyUI asks before one takes over from the other."""
+        is_twin = super().is_clone(other)
+        if is_twin:
+            self.model.distorch_has_heir = True
+        return is_twin
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        """Let go of the model; its weights stay placed if a patcher of ours takes over."""
+        has_heir = getattr(self.model, "distorch_has_heir", False)
+        self.model.distorch_has_heir = False
+        return super().detach(unpatch_all or not has_heir)
+
     def pin_weight_to_device(self, key: str) -> None:
         """Pin nothing: the tensors of the module are about to be empty."""
 
