@@ -179,7 +179,7 @@ def test_a_loras_strength_changes_without_a_reload(core: Server, model: str) -> 
         places.append(core.json("where_lora"))
     assert len({place["id"] for place in places}) == 1, "the weights were placed once"
     steps = [place["steps"] for place in places]
-    assert steps == sorted(steps)
+    assert steps == sorted(set(steps))
 
 
 def test_two_models_alternate(core: Server, model: str) -> None:

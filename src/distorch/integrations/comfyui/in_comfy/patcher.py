@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from distorch.integrations.attach import Handle, distribute, plan_for
+from distorch.integrations.comfyui.in_comfy.classic import classic
 from distorch.integrations.comfyui.in_comfy.ordinary import make_ordinary
 from distorch.integrations.request import Request
 
@@ -42,8 +43,8 @@ def adopt(
         AllocationError: the request does not fit this machine.
         MachineError: it names a device that is not here.
     """
-    twin = patcher.clone()
-    twin.__class__ = _class_for(type(patcher))
+    twin = classic(patcher).clone()
+    twin.__class__ = _class_for(type(twin))
     twin.request = request
     placed = _placed(twin.model)
     if placed is None:
@@ -67,6 +68,12 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     request: Request
     _is_reloading = False
+    _is_dying = False
+
+    def __del__(self) -> None:
+        """Let go as ComfyUI does; what other clones still use stays where it is."""
+        self._is_dying = True
+        super().__del__()
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         """Return a twin that shares the model, and where its weights rest."""
@@ -154,6 +161,8 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     def detach(self, unpatch_all: bool = True) -> Any:
         """Let go of the model; its weights stay placed if a patcher of ours takes over."""
+        if self._is_dying:
+            return super().detach(unpatch_all)
         has_heir = getattr(self.model, "distorch_has_heir", False)
         self.model.distorch_has_heir = False
         return super().detach(unpatch_all or not has_heir)
