@@ -66,7 +66,7 @@ def load_model(
             f"{path}: ComfyUI does not know what model this is",
             hint="a GGUF file of a model that this ComfyUI supports, or a newer ComfyUI",
         )
-    patcher.__class__ = PackedPatcher
+    _own(patcher)
     patcher.cached_patcher_init = (load_model, (path, dequant_dtype, patch_dtype, patch_on_device))
     return patcher
 
@@ -96,9 +96,15 @@ def load_clip(paths: Sequence[Path], clip_type: Any, **_: Any) -> comfy.sd.CLIP:
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         **_plainly(load),
     )
-    clip.patcher.__class__ = PackedPatcher
+    _own(clip.patcher)
     clip.patcher.cached_patcher_init = (_patcher_of_clip, (paths, clip_type))
     return clip
+
+
+def _own(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Have a patcher know its weights as packed ones."""
+    patcher.__class__ = PackedPatcher
+    patcher.size = 0  # which was counted before they were read; ComfyUI counts again
 
 
 def _patcher_of_clip(paths: Sequence[Path], clip_type: Any, **more: Any) -> Any:

@@ -59,6 +59,13 @@ class _Holds:
             else:
                 self._parameters[name] = nn.Parameter(found, requires_grad=False)
 
+    def _apply(self, function: Any, *args: Any, **more: Any) -> Any:
+        def apply(tensor: Tensor) -> Tensor:
+            found: Tensor = tensor if tensor.is_meta else function(tensor)
+            return found  # what is still to be read from the file has nowhere to go
+
+        return super()._apply(apply, *args, **more)  # type: ignore[misc]
+
     def _decoded(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias to compute with now, LoRA included."""
         weight: Tensor = _at(self.weight, device)
