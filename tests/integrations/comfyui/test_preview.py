@@ -110,6 +110,19 @@ def test_a_donor_that_computes_itself_keeps_the_whole_model() -> None:
     assert by_device(ask(**node, model_bytes=8 * GIB), "bytes") == {"cpu": 8 * GIB}
 
 
+def test_the_first_form_of_the_nodes_lends_from_all_others() -> None:
+    node: dict[str, Any] = {"compute_device": "cuda:0", "virtual_vram_gb": 24}
+    assert ask(**node, use_other_vram=False)["canonical"] == "cuda:0,*;cpu,24gb"
+    lent = by_device(ask(**node, use_other_vram=True, model_bytes=30 * GIB), "bytes")
+    assert lent == {"cuda:0": 6 * GIB, "cuda:1": 20 * GIB, "cpu": 4 * GIB}
+
+
+def test_a_device_that_was_chosen_elsewhere_is_named() -> None:
+    error = ask(compute_device="cuda:5", virtual_vram_gb=4)["error"]
+    assert "'cuda:5'" in error["message"]
+    assert error["position"] is None
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -122,6 +135,7 @@ def test_a_donor_that_computes_itself_keeps_the_whole_model() -> None:
         {"virtual_vram_gb": float("inf")},
         {"virtual_vram_gb": -1},
         {"virtual_vram_gb": "4"},
+        {"use_other_vram": 1},
         {"model_bytes": True},
         {"model_bytes": 10**400},
     ],

@@ -12,6 +12,8 @@ from typing import Any
 
 from distorch.allocation import Allocation
 from distorch.errors import AllocationError, DistorchError, MachineError
+from distorch.integrations.comfyui.kits import DEVICE_INPUTS, Kit, request_of
+from distorch.integrations.request import Request
 from distorch.machine import Machine
 from distorch.sizes import MAX_BYTES
 
@@ -36,7 +38,8 @@ class Question:
     """The inputs of a node that say where its model rests; what is not known is empty or None.
 
     ``text`` is an allocation line and speaks for itself; without one, ``virtual_vram_gb`` GiB rest
-    on ``donor_device``. ``model_bytes`` may be the size of the model's file.
+    on ``donor_device``, or on all others where ``use_other_vram`` is known. ``model_bytes`` may be
+    the size of the model's file.
 
     >>> Question.read({"text": "cpu,*", "model_bytes": 8}).model_bytes
     8
@@ -46,6 +49,7 @@ class Question:
     compute_device: str = ""
     donor_device: str = ""
     virtual_vram_gb: float | None = None
+    use_other_vram: bool | None = None
     model_bytes: int | None = None
 
     @classmethod
@@ -62,26 +66,30 @@ class Question:
             compute_device=_text(data, "compute_device"),
             donor_device=_text(data, "donor_device"),
             virtual_vram_gb=_number(data, "virtual_vram_gb", _MAX_GB),
+            use_other_vram=_flag(data, "use_other_vram"),
             model_bytes=_whole(_number(data, "model_bytes", MAX_BYTES)),
         )
 
-    def line(self, machine: Machine) -> Allocation:
-        """Return what is asked for as a line.
+    def request(self, machine: Machine) -> Request:
+        """Return what the node would ask for on this machine, in any of its forms.
 
         Raises:
-            AllocationError: the line cannot be read.
-            MachineError: the machine has no device that computes.
+            MachineError: a device that is chosen is not on this machine.
+            AllocationError: an expert line of the old form does not read.
         """
-        if self.text.strip():
-            return Allocation.parse(self.text)
         if self.virtual_vram_gb is None:
-            return Allocation.parse("auto")
-        compute = self.compute_device.strip().lower()
-        if compute and compute == self.donor_device.strip().lower():
-            return Allocation.parse(f"{compute},*")
-        size = MAX_BYTES if self.model_bytes is None else self.model_bytes
-        donor = self.donor_device or None
-        return Allocation.virtual(self.virtual_vram_gb, donor, compute or None, size, machine)
+            return Request(
+                allocation=self.text.strip() or "auto", compute=self.compute_device or None
+            )
+        kit: Kit = "distorch2" if self.use_other_vram is None else "distorch"
+        values = {
+            DEVICE_INPUTS[kit][0]: self.compute_device or None,
+            "donor_device": self.donor_device or None,
+            "virtual_vram_gb": self.virtual_vram_gb,
+            "use_other_vram": self.use_other_vram,
+            "expert_mode_allocations": self.text,
+        }
+        return request_of(kit, values, [tier.name for tier in machine.tiers if not tier.is_disk])
 
 
 def preview(question: Question, machine: Machine) -> Json:
@@ -100,19 +108,21 @@ def preview(question: Question, machine: Machine) -> Json:
     >>> preview(Question(text="cpu,4x"), machine)["error"]["position"]
     5
     """
-    error = None
+    error, canonical, size = None, "", question.model_bytes
     entries: list[Json] = []
-    canonical = ""
     try:
-        line = question.line(machine)
+        request = question.request(machine)
+        line = request.line(MAX_BYTES if size is None else size, machine)
         canonical = str(line)
-        entries = _entries(line, question, machine)
-        line.resolve(question.model_bytes or 0, machine, question.compute_device or None)
+        parts = _asked(line, request, size, machine) if size else _unsized(line, machine)
+        shares = _shares(line) if size is None else {}
+        entries = [_entry(name, part, shares.get(name), size, machine) for name, part in parts]
+        line.resolve(size or 0, machine, request.compute)
     except DistorchError as caught:
         error = error_of(caught)
     return {
         "canonical": canonical,
-        "model_bytes": question.model_bytes,
+        "model_bytes": size,
         "entries": entries,
         "error": error,
     }
@@ -172,24 +182,17 @@ def kind_of(device: str) -> str:
     return {"cpu": "host", "disk": "disk"}.get(device.partition(":")[0], "accelerator")
 
 
-def _entries(line: Allocation, question: Question, machine: Machine) -> list[Json]:
-    """One entry for each device; what the line asks for, whether or not it fits."""
-    size = question.model_bytes
-    parts = _asked(line, question, machine) if size else _unsized(line, machine)
-    shares = _shares(line) if size is None else {}
-    return [_entry(device, nbytes, shares.get(device), size, machine) for device, nbytes in parts]
-
-
-def _asked(line: Allocation, question: Question, machine: Machine) -> list[tuple[str, int | None]]:
-    """The bytes of each device if all memories were empty and large enough."""
+def _asked(
+    line: Allocation, request: Request, size: int, machine: Machine
+) -> list[tuple[str, int | None]]:
+    """The bytes of each device, whether or not they fit: as if all memories were large enough."""
     if line.mode != "auto":
         tiers = tuple(replace(tier, free_bytes=MAX_BYTES) for tier in machine.tiers)
         machine = replace(machine, tiers=tiers)
     try:
-        resolved = line.resolve(question.model_bytes or 0, machine, question.compute_device or None)
+        return list(line.resolve(size, machine, request.compute).bytes_by_tier)
     except DistorchError:
         return []
-    return list(resolved.bytes_by_tier)
 
 
 def _unsized(line: Allocation, machine: Machine) -> list[tuple[str, int | None]]:
@@ -258,6 +261,13 @@ def _number(data: Mapping[str, Any], name: str, most: int) -> float | int | None
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
         raise DistorchError(f"{name} is not a number from 0 to {most}", hint=f'"{name}": 4')
+    return value
+
+
+def _flag(data: Mapping[str, Any], name: str) -> bool | None:
+    value = data.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise DistorchError(f"{name} is neither true nor false", hint=f'"{name}": true')
     return value
 
 
