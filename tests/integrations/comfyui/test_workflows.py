@@ -1,0 +1,108 @@
+"""Every example workflow opens: its nodes exist, its links fit, its values are ones they take."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distorch.allocation import Allocation
+
+_ROOT = Path(__file__).parents[3]
+_FILES = sorted((_ROOT / "example_workflows").glob("*.json"))
+_ON_THE_PAGE = {"MarkdownNote"}  # nodes that only the browser has
+_LINES = ("allocation", "expert_mode_allocations")
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    before = list(sys.path)
+    try:
+        return runpy.run_path(str(_ROOT / "scripts" / "make_workflows.py"))
+    finally:
+        sys.path[:] = before
+
+
+def _widgets(slots: list[Any]) -> list[Any]:
+    """The slots that have a value in ``widgets_values``; None follows a seed."""
+    found: list[Any] = []
+    for slot in slots:
+        if slot.is_widget:
+            found += [slot, None] if slot.is_seed else [slot]
+    return found
+
+
+def test_there_are_enough() -> None:
+    assert len(_FILES) >= 16
+
+
+@pytest.mark.parametrize("path", _FILES, ids=lambda path: path.stem)
+def test_opens(path: Path, script: dict[str, Any]) -> None:
+    graph = json.loads(path.read_text())
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert graph["version"] == 0.4
+    assert path.with_suffix(".png").stat().st_size > 1000
+    for node in nodes.values():
+        if node["type"] not in _ON_THE_PAGE:
+            slots, outputs = script["slots_of"](node["type"])
+            _check_inputs(node, slots, outputs)
+            _check_values(node, _widgets(slots))
+    for link, source, slot, target, entry, kind in graph["links"]:
+        output, given = nodes[source]["outputs"][slot], nodes[target]["inputs"][entry]
+        assert link in output["links"]
+        assert given["link"] == link
+        assert output["type"] == kind
+        assert given["type"] == "*" or kind in given["type"].split(",")
+
+
+def _check_inputs(node: dict[str, Any], slots: list[Any], outputs: tuple[str, ...]) -> None:
+    types = {slot.name: slot.type for slot in slots}
+    assert [output["type"] for output in node["outputs"]] == list(outputs)
+    for given in node["inputs"]:
+        assert types[given["name"]] == given["type"]
+
+
+def _check_values(node: dict[str, Any], slots: list[Any]) -> None:
+    values = node["widgets_values"]
+    assert len(values) == len(slots)
+    for slot, value in zip(slots, values, strict=True):
+        if slot is None:
+            assert value in {"fixed", "increment", "decrement", "randomize"}
+            continue
+        kinds: dict[str, Any] = {"INT": int, "FLOAT": (int, float), "BOOLEAN": bool}
+        assert isinstance(value, kinds.get(slot.type, str)), (node["type"], slot.name, value)
+        assert slot.type != "INT" or not isinstance(value, bool)
+        if slot.name in _LINES and value:
+            line = Allocation.parse(value)
+            assert Allocation.parse(str(line)) == line
+            assert str(line) == value
+
+
+def test_are_as_the_script_writes_them(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(_ROOT / "scripts"))
+    flows = runpy.run_path(str(_ROOT / "scripts" / "workflow_list.py"))["flows"]
+    for flow in flows(script["Flow"]):
+        flow.write(tmp_path)
+    written = {path.name: path.read_text() for path in tmp_path.glob("*.json")}
+    assert written == {path.name: path.read_text() for path in _FILES}
+
+
+def test_every_new_node_is_shown() -> None:
+    from distorch.integrations.comfyui.node_texts import NODE_TEXTS
+
+    shown = {node["type"] for path in _FILES for node in json.loads(path.read_text())["nodes"]}
+    assert shown >= set(NODE_TEXTS)
+
+
+def test_every_new_input_says_what_it_is() -> None:
+    from distorch.integrations.comfyui.node_texts import NODE_TEXTS, input_types
+
+    for text in NODE_TEXTS.values():
+        for group in input_types(text, ["cpu"]).values():
+            assert all(len(options[1]["tooltip"]) > 20 for options in group.values())
