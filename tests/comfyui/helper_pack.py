@@ -99,7 +99,67 @@ class SavePlacement:
         return {}
 
 
+class LTXVLoader:
+    """Stands for a loader of another pack, whose outputs ComfyUI knows."""
+
+    RETURN_TYPES = ("MODEL", "VAE")
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        return {"required": {"ckpt_name": ("STRING", {}), "dtype": (["bfloat16", "float32"],)}}
+
+    def run(self, ckpt_name: str, dtype: str) -> Any:  # noqa: ARG002 (as the pack has it)
+        import comfy.sd
+
+        path = folder_paths.get_full_path_or_raise("diffusion_models", ckpt_name)
+        return comfy.sd.load_diffusion_model(path), None
+
+
+class LoadWanVideoT5TextEncoder:
+    """Stands for a loader of another pack, which has a word of its own for where it loads."""
+
+    RETURN_TYPES = ("WANTEXTENCODER",)
+    RETURN_NAMES = ("wan_t5_model",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        places = (["main_device", "offload_device"], {"default": "offload_device"})
+        return {"required": {"model_name": ("STRING", {})}, "optional": {"load_device": places}}
+
+    def run(self, model_name: str, load_device: str = "neither") -> Any:
+        return (f"{model_name} {load_device}",)
+
+
+class SaveWords:
+    """Writes a text encoder of another pack, here a text, and the device that was handed on."""
+
+    RETURN_TYPES: tuple[str, ...] = ()
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        kinds = {"it": "WANTEXTENCODER", "device": "MULTIGPUDEVICE", "name": "STRING"}
+        return {"required": {name: (kind,) for name, kind in kinds.items()}}
+
+    def run(self, it: str, device: str, name: str) -> Any:
+        path = Path(folder_paths.get_output_directory()) / f"{name}.json"
+        path.write_text(json.dumps([it, device]), encoding="utf-8")
+        return {}
+
+
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
-    for cls in (RandomConditioning, SaveConditioning, SavePixels, SaveSamples, SavePlacement)
+    for cls in (
+        RandomConditioning,
+        SaveConditioning,
+        SavePixels,
+        SaveSamples,
+        SavePlacement,
+        LTXVLoader,
+        LoadWanVideoT5TextEncoder,
+        SaveWords,
+    )
 }

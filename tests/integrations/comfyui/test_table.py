@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from distorch.integrations.comfyui.packs import PACK_ROWS, Wrapped, wrapped_inputs
 from distorch.integrations.comfyui.table import (
     GGUF_ROWS,
     OWN_TITLES,
@@ -80,8 +81,23 @@ def test_every_recorded_key_is_there_and_no_other() -> None:
 
 
 def test_no_two_nodes_are_called_the_same() -> None:
-    assert titles().keys() == RECORDED.keys()
-    assert len(set(titles().values())) == len(RECORDED)
+    keys = [*RECORDED, *(row.key for row in PACK_ROWS)]
+    assert sorted(titles()) == sorted(keys)
+    assert len(set(titles().values())) == len(keys)
+
+
+@pytest.mark.parametrize("row", PACK_ROWS, ids=lambda row: row.key)
+def test_a_node_over_another_packs_has_its_inputs_and_a_device_at_the_end(row: Wrapped) -> None:
+    own: dict[str, Any] = dict.fromkeys(row.stands_for, OWN_DEVICE)
+    base = {"required": {"model": FILES}, "optional": own}
+    found = wrapped_inputs(base, row, DEVICES)
+    *_, last = found[row.group]
+    assert last == ("offload_device" if row.waits_elsewhere else row.device)
+    assert not {*row.stands_for} - {row.device} & {*found["required"], *found.get("optional", {})}
+    assert own.keys() == {*row.stands_for}
+    kind, options = found[row.group][row.device]
+    assert kind == ("MULTIGPUDEVICE" if row.is_handed_on else DEVICES)
+    assert options["tooltip"]
 
 
 def test_a_loaders_own_inputs_are_left_as_they_were() -> None:

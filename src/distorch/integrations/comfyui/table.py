@@ -17,6 +17,7 @@ from distorch.integrations.comfyui.kits import (
     gib_input,
     inputs_of,
 )
+from distorch.integrations.comfyui.packs import PACK_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -176,4 +177,5 @@ def titles() -> dict[str, str]:
     >>> titles()["UNETLoaderDisTorch2MultiGPU"]
     'Load Diffusion Model (DisTorch2)'
     """
-    return {row.key: row.title for row in (*ROWS, *GGUF_ROWS)} | OWN_TITLES
+    found = {row.key: row.title for row in (*ROWS, *GGUF_ROWS)} | OWN_TITLES
+    return found | {row.key: row.title for row in PACK_ROWS}
