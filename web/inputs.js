@@ -56,6 +56,11 @@ function isLinked(node, widget) {
   return input?.link !== null && input?.link !== undefined;
 }
 
+/** Whether a slot takes a model of any kind; some take several kinds. */
+function isModel({ type }) {
+  return String(type).split(",").some((kind) => MODEL_TYPES.has(kind));
+}
+
 /** The model files that a node loads, or that what it is given came from. */
 function filesOf(node) {
   for (let hop = 0; node && hop < MAX_HOPS; hop += 1) {
@@ -63,7 +68,7 @@ function filesOf(node) {
       .filter(({ name, value }) => !/lora/i.test(name) && MODEL_FILE.test(String(value ?? "")))
       .map(({ value }) => String(value));
     if (files.length) return files;
-    const slot = node.inputs?.findIndex((input) => MODEL_TYPES.has(input.type)) ?? -1;
+    const slot = node.inputs?.findIndex(isModel) ?? -1;
     node = slot < 0 ? null : node.getInputNode(slot);
   }
   return [];

@@ -61,7 +61,7 @@ function rowOf(entry) {
 
 function sizeOf({ bytes: count, share }) {
   if (count !== null && share !== null) return `${bytes(count)} · ${percent(share)}`;
-  if (count !== null) return say("atMost", { size: bytes(count) });
+  if (count !== null) return say("upTo", { size: bytes(count) });
   return share === null ? say("rest") : say("ofModel", { share: percent(share) });
 }
 
