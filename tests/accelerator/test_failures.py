@@ -239,7 +239,7 @@ def test_a_device_that_is_lost_during_a_step_raises_and_hangs_nothing(
     refused: bool,  # noqa: FBT001
 ) -> None:
     loses = Loses()
-    plain = Plain(nn.Sequential(chain(3), loses, chain(3)))
+    plain = Plain(nn.Sequential(chain(1), loses, chain(8)))  # more to come than the ring holds
     for ends in ((PEER, DEVICE), ("cpu", DEVICE), (PEER, "cpu")):
         vgpu.set_link(*ends, 5e7)
     with vgpu.settings(enqueued=enqueued, refuse_peers=[(0, 1)] if refused else []):

@@ -5,7 +5,7 @@ Links are slow here, or compute is, so that whatever does not wait is early ever
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from distorch.integrations.memories import open_stores
 from distorch.run.executor import Executor
 from distorch.tiers import links
 from distorch.tiers.accelerator import AcceleratorTier
+from distorch.tiers.host import HostTier
 from distorch.tiers.pinned import Pins
 from tests.plan_strategies import contents, equal_blocks, memory_source, streaming_plan
 
@@ -160,6 +161,24 @@ def test_what_one_donor_still_sends_is_waited_for_although_another_is_lost() -> 
         read(executor, 0)
         vgpu.lose(1)
     assert vgpu.races() == ()
+
+
+def test_a_link_to_a_device_that_is_lost_keeps_no_memory() -> None:
+    pins, block = Pins("vgpu"), BLOCKS[0]
+    device, store = torch.device(DEVICE), HostTier("cpu")
+    store.put(block, memory_source(DATA))
+    link = links.open_link("cpu", device, pins, block.slot_bytes)
+    slot = torch.empty(block.slot_bytes, dtype=torch.uint8, device=device)
+    events = [torch.Event(device=device) for _ in range(2)]
+    for number in range(2 * links._NUM_STAGED):
+        if number == links._NUM_STAGED:
+            vgpu.lose(0)
+        with nullcontext() if number < links._NUM_STAGED else pytest.raises(RuntimeError):
+            link.bring(store, block, slot, *events)
+    assert vgpu.counters().pinned_bytes == links._NUM_STAGED * block.slot_bytes
+    link.wait()
+    link.close()
+    assert vgpu.counters().pinned_bytes == 0
 
 
 def test_a_blocks_bytes_rest_where_they_were_put_when_put_returns() -> None:

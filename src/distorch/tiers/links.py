@@ -87,6 +87,7 @@ class Link:
         """Read a block on this thread, then send it; returns before it has arrived."""
         staged = self._borrow()
         try:
+            staged.drained.synchronize()
             size = min(block.slot_bytes, len(slot))
             store.read(block, view_bytes(staged.memory)[:size])
             self.send(staged.memory[:size], slot[:size], after, ready)
@@ -118,7 +119,7 @@ class Link:
             self._pins.free(memory)
 
     def _borrow(self) -> _Staged:
-        """Take staging memory that nothing copies from any more; the oldest is the likeliest."""
+        """Take staging memory; the oldest is the likeliest to be copied from no more."""
         with self._lock:
             fresh = self._num_staged < _NUM_STAGED
             self._num_staged += fresh
@@ -126,7 +127,6 @@ class Link:
         if staged is None:
             memory = self._pins.allocate(self._slot_bytes)
             return _Staged(memory, torch.Event(device=self._device))
-        staged.drained.synchronize()
         return staged
 
 
