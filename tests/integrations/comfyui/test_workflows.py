@@ -106,3 +106,11 @@ def test_every_new_input_says_what_it_is() -> None:
     for text in NODE_TEXTS.values():
         for group in input_types(text, ["cpu"]).values():
             assert all(len(options[1]["tooltip"]) > 20 for options in group.values())
+
+
+def test_help_pages_are_as_the_script_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(_ROOT / "scripts"))
+    pages = runpy.run_path(str(_ROOT / "scripts" / "make_help.py"))["pages"]()
+    folder = _ROOT / "web" / "docs"
+    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.md")}
+    assert found == pages
