@@ -226,9 +226,9 @@ def test_it_draws_in_each_look(browser: Browser, settings: dict[str, Any], words
 
 
 def test_the_panel_shows_what_runs_and_asks_only_while_it_is_open(browser: Browser) -> None:
-    values = {"unet_name": "flux.safetensors", "weight_dtype": "default", "compute_device": "cpu"}
+    values = {"unet_name": "wan.safetensors", "weight_dtype": "default", "compute_device": "cpu"}
     model = node(LOADER, **values, **{LINE: "cpu,1mb;disk,*"}, eject_models=False)
-    browser.server.run(sampled({"model": model}, "web", latent="flux"))
+    browser.server.run(sampled({"model": model}, "web", latent="wan"))
     asked: list[str] = []
     browser.page.on("request", lambda request: asked.append(request.url))
     browser.open()
@@ -237,7 +237,7 @@ def test_the_panel_shows_what_runs_and_asks_only_while_it_is_open(browser: Brows
     browser.page.click(".distorch-tab-button")
     browser.page.wait_for_selector(".distorch-panel section:nth-of-type(3) table")
     shown = browser.page.inner_text(".distorch-panel")
-    for text in ("Memory", "cpu", "disk", "Links", "Flux", "cpu,1mb;disk,*", "blocks", "streamed"):
+    for text in ("Memory", "cpu", "disk", "Links", "WAN21", "cpu,1mb;disk,*", "blocks", "streamed"):
         assert text in shown
     asked.clear()
     browser.page.wait_for_timeout(3200)
