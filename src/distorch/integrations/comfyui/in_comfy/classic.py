@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
 from torch import nn
 
 __all__ = ["classic"]
@@ -18,9 +19,25 @@ def classic(patcher: Any) -> Any:
     """
     if not getattr(patcher, "is_dynamic", bool)():
         return patcher
-    own = None if patcher.cached_patcher_init else patcher.get_clone_model_override()
-    twin = patcher.clone(disable_dynamic=True, model_override=own)
+    if patcher.cached_patcher_init is None:
+        twin = patcher.clone(
+            disable_dynamic=True, model_override=patcher.get_clone_model_override()
+        )
+    else:
+        twin = _reloaded(patcher)
     _settle(twin.model)
+    return twin
+
+
+def _reloaded(patcher: Any) -> Any:
+    """Return a patcher as this one, for a model that its loader makes anew."""
+    load, arguments, *place = patcher.cached_patcher_init
+    found = load(*arguments, disable_dynamic=True)
+    for index in place:
+        found = found[index]
+    comfy.model_management.unload_model_and_clones(found)  # a small text encoder is loaded at once
+    twin = patcher.clone(disable_dynamic=True, model_override=found.get_clone_model_override())
+    twin.parent = None  # the dynamic one and its model can go
     return twin
 
 
