@@ -37,13 +37,18 @@ def _dense(module: Net) -> dict[str, torch.Tensor]:
     return {name: each for name, each in found.items() if not isinstance(each, QuantTensor)}
 
 
-def test_a_packed_module_goes_to_a_device_packed() -> None:
-    module = Net("Q8_0")
+@pytest.mark.parametrize("made_in", [False, True])
+@pytest.mark.parametrize("moved_in", [False, True])
+def test_a_packed_module_goes_to_a_device_packed(*, made_in: bool, moved_in: bool) -> None:
+    with torch.inference_mode(made_in):
+        module = Net("Q8_0")
     weight = cast("QuantTensor", module.layers[0].weight)
     blocks = weight.packed
-    module.to(DEVICE)
+    with torch.inference_mode(moved_in):
+        module.to(DEVICE)
     assert module.layers[0].weight is weight
     assert weight.device == torch.device(DEVICE)
     assert weight.packed.device == torch.device(DEVICE)
-    module.to("cpu")
+    with torch.inference_mode(moved_in):
+        module.to("cpu")
     assert torch.equal(weight.packed, blocks)

@@ -55,7 +55,8 @@ class SaveConditioning(_Saver):
 
     def tensors(self, it: Any) -> dict[str, torch.Tensor]:
         (tokens, extra), *_ = it
-        return {"tokens": tokens, "pooled": extra["pooled_output"]}
+        found = {"tokens": tokens, "pooled": extra["pooled_output"]}
+        return {name: each for name, each in found.items() if each is not None}
 
 
 class SavePixels(_Saver):

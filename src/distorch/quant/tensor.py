@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -17,7 +17,7 @@ __all__ = ["QuantTensor"]
 
 _TILE_ELEMENTS = 1 << 19  # 2 MiB of float32: decoded and multiplied before it leaves the cache
 _TILE_ROW_MULTIPLE = 64
-_TO = torch.ops.aten._to_copy.default  # noqa: SLF001  (how torch calls the operation)
+_MOVES = {torch.ops.aten.to, torch.ops.aten._to_copy}  # noqa: SLF001  (what torch calls it)
 
 
 class QuantTensor(LazyWeight):
@@ -72,17 +72,18 @@ class QuantTensor(LazyWeight):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub is not its documentation
         cls,
-        func: Callable[..., Any],
+        func: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Keep the weight packed on its way to another device; decode it for all else."""
-        kwargs = kwargs or {}
-        if func is _TO and isinstance(args[0], QuantTensor):
-            weight, device = args[0], kwargs.get("device")
-            if device is not None and kwargs.get("dtype") in {None, weight.compute_dtype}:
-                return weight.on(device, non_blocking=bool(kwargs.get("non_blocking")))
+        if func.overloadpacket in _MOVES and isinstance(args[0], QuantTensor):
+            names = (argument.name for argument in func._schema.arguments)  # noqa: SLF001  (no other way)
+            given = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+            weight, device = args[0], given.get("device")
+            if device is not None and given.get("dtype") in {None, weight.compute_dtype}:
+                return weight.on(device, non_blocking=bool(given.get("non_blocking")))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
