@@ -9,6 +9,7 @@ byte being moved.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from distorch.integrations.request import Request
 
 __all__ = ["DistributedPatcher", "adopt", "handle_in"]
 
+_OURS_ALONE = 2  # references to what only we hold: ours, and that of the question
 _NOTHING = 1  # bytes that ComfyUI may load by itself: with 0 it would load all
 
 
@@ -32,6 +34,7 @@ class _Placed:
 
     request: Request
     handle: Handle
+    holder: int = 0  # the id of the patcher that loaded last
 
 
 def adopt(
@@ -73,6 +76,8 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     def __del__(self) -> None:
         """Let go as ComfyUI does; what other clones still use stays where it is."""
         self._is_dying = True
+        if not sys.is_finalizing():
+            self._leave()
         super().__del__()
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,6 +116,7 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
                 ring=self.request.ring,
             )
             placed = self.model.distorch_placed = _Placed(self.request, handle)
+        placed.holder = id(self)
         self.size = placed.handle.weight_bytes
         self.model.model_loaded_weight_memory = placed.handle.weight_bytes
         return result
@@ -169,6 +175,19 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     def pin_weight_to_device(self, key: str) -> None:
         """Pin nothing: the tensors of the module are about to be empty."""
+
+    def _leave(self) -> None:
+        """Hand what rests elsewhere to the patcher that this one was cloned from.
+
+        If that is ComfyUI's own and somebody still has it, the weights come back, for its forward.
+        """
+        placed = _placed(self.model)
+        if placed is None or placed.holder != id(self):
+            return
+        if isinstance(self.parent, DistributedPatcher):
+            placed.holder = id(self.parent)
+        elif sys.getrefcount(self.parent) > _OURS_ALONE:
+            super().detach(True)
 
     def _bring_back(self) -> None:
         placed = _placed(self.model)
