@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import gguf
@@ -16,16 +17,25 @@ from tests.comfyui.graphs import Graph, encoded, node, placement, sampled, with_
 from tests.comfyui.server import Refused, Server
 
 LINE = "cpu,1mb;disk,*"
+CONVOLUTION = "patch_embedding.weight"
 SMALL = 4096  # elements: smaller tensors are kept as they are
 
 
-def write_gguf(path: Path, weights: dict[str, Tensor], form: str, arch: str) -> dict[str, Tensor]:
-    """Write weights packed where a row is whole blocks; return what each stands for, dense."""
+def write_gguf(
+    path: Path, weights: dict[str, Tensor], form: str, arch: str, flat: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Write weights packed where a row is whole blocks; return what each stands for, dense.
+
+    ``flat`` are stored as matrices, with their shapes beside them.
+    """
     kind, dense = gguf.GGMLQuantizationType[form], {}
     block = gguf.GGML_QUANT_SIZES[kind][0]
     writer = gguf.GGUFWriter(path, arch)
     for name, weight in weights.items():
-        values = weight.float().contiguous().numpy()
+        shape, values = weight.shape, weight.float().contiguous().numpy()
+        if name in flat:
+            values = values.reshape(shape[0], -1)
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
         if values.ndim != 2 or values.shape[1] % block or values.size < SMALL:
             writer.add_tensor(name, values)
             dense[name] = torch.from_numpy(values)
@@ -34,7 +44,7 @@ def write_gguf(path: Path, weights: dict[str, Tensor], form: str, arch: str) -> 
         rows = np.ascontiguousarray(quantise(values, kind)).view(np.uint8)
         rows = rows.reshape(len(values), -1)
         writer.add_tensor(name, rows, raw_dtype=kind)
-        dense[name] = torch.from_numpy(gguf.quants.dequantize(rows, kind).copy())
+        dense[name] = torch.from_numpy(gguf.quants.dequantize(rows, kind).reshape(shape).copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -54,6 +64,8 @@ def models(server: Server) -> Server:
             save_file(dense, folder / f"{stem}_dense.safetensors")
     prefixed = {f"model.diffusion_model.{name}": each for name, each in weights.items()}
     write_gguf(folder / "prefixed.gguf", prefixed, "Q8_0", "wan")
+    dense = write_gguf(folder / "flat.gguf", weights, "Q8_0", "wan", [CONVOLUTION])
+    save_file(dense, folder / "flat_dense.safetensors")
     write_gguf(folder / "unknown.gguf", weights, "TQ1_0", "wan")
     return server
 
@@ -115,6 +127,13 @@ def test_keys_of_a_whole_checkpoint_are_understood(models: Server) -> None:
     expected = run(models, sampled(core("wan_Q8_0"), "bare", latent="wan"), "bare")
     prefixed = sampled(ours("prefixed"), "prefixed", latent="wan")
     assert torch.equal(run(models, prefixed, "prefixed"), expected)
+
+
+@pytest.mark.parametrize("line", ["", LINE])
+def test_a_convolution_that_is_stored_flat_has_its_shape(models: Server, line: str) -> None:
+    expected = run(models, sampled(core("flat"), "flat_core", latent="wan"), "flat_core")
+    name = f"flat_{len(line)}"
+    assert torch.equal(run(models, sampled(ours("flat", line), name, latent="wan"), name), expected)
 
 
 def test_a_format_that_cannot_be_computed_with_is_named_with_its_tensor(models: Server) -> None:
