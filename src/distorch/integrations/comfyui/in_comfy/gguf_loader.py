@@ -104,7 +104,7 @@ def load_clip(paths: Sequence[Path], clip_type: Any, **_: Any) -> comfy.sd.CLIP:
 def _own(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """Have a patcher know its weights as packed ones."""
     patcher.__class__ = PackedPatcher
-    patcher.size = 0  # which was counted before they were read; ComfyUI counts again
+    patcher.size = 0  # it was counted before they were read: to be counted again
 
 
 def _patcher_of_clip(paths: Sequence[Path], clip_type: Any, **more: Any) -> Any:

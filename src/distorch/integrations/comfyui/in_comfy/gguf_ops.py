@@ -179,6 +179,8 @@ def operations(dequant: torch.dtype | None, patch: torch.dtype | None) -> type[P
 class PackedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
     """ComfyUI's owner of a model with packed weights: they stay packed wherever they go."""
 
+    size: int
+
     def load(
         self,
         device_to: torch.device | None = None,
@@ -204,6 +206,13 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
             used += nbytes
         self.model.model_loaded_weight_memory = used
         return result
+
+    def model_size(self) -> int:
+        """Return the bytes of the model's tensors as they are stored."""
+        if not self.size:
+            own = (*self.model.parameters(), *self.model.buffers())
+            self.size = sum(tensor.nbytes for tensor in own)
+        return int(self.size)
 
     def pin_weight_to_device(self, key: str) -> None:
         """Pin nothing: a packed weight has no dense memory."""
