@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # A room may import the rooms on the lines below its own.
 LAYERS = """
     cli
-    draw integrations
+    integrations
+    draw
     simulate probe
     run transfers
     tiers quant
