@@ -18,6 +18,17 @@ ANY_DEVICE = "auto"
 _OBJECTS = "MODEL,CLIP,VAE,CONTROL_NET"
 
 
+class _Anything(str):
+    """The type ``*``. ComfyUI asks whether types differ; older versions ask just that."""
+
+    __slots__ = ()
+
+    def __ne__(self, _: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
     """One input of a node: ``type`` as ComfyUI names it, or ``DEVICE`` for a choice of devices."""
@@ -180,7 +191,7 @@ _REPORT = NodeText(
         ),
         Input(
             name="after",
-            type="*",
+            type=_Anything("*"),
             tooltip="An output of the node to wait for, such as the sampler's LATENT.",
             is_required=False,
         ),

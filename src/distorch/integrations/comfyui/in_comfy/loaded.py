@@ -9,6 +9,7 @@ import comfy.model_management
 
 from distorch.errors import ModelError
 from distorch.integrations.attach import plan_for
+from distorch.integrations.comfyui.in_comfy.ordinary import make_ordinary
 from distorch.integrations.comfyui.in_comfy.patcher import handle_in
 from distorch.integrations.comfyui.node_texts import ANY_DEVICE
 from distorch.integrations.memories import machine_here
@@ -55,7 +56,9 @@ def plan_of(patcher: Any, request: Request, machine: Machine | None = None) -> P
     handle = handle_in(patcher)
     if handle is not None:
         return handle.plan_as(request, machine)
-    return plan_for(getattr(patcher.model, "diffusion_model", patcher.model), request, machine)
+    module = getattr(patcher.model, "diffusion_model", patcher.model)
+    make_ordinary(module)
+    return plan_for(module, request, machine)
 
 
 def plan_leaving_free(patcher: Any, keep_free_bytes: int, compute: str, ring: str) -> Plan:
