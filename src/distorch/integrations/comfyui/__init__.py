@@ -6,6 +6,7 @@ import logging
 from importlib import import_module
 from typing import Any
 
+from distorch import vgpu
 from distorch.integrations.comfyui.table import titles
 
 __all__ = ["display_names", "nodes"]
@@ -19,6 +20,7 @@ def nodes() -> dict[str, type]:
     Raises:
         ImportError: what the loaders need is not installed.
     """
+    vgpu.autoload()  # where the environment asks for them, virtual cards are in the nodes' lists
     found: dict[str, type] = {}
     for module in ("loaders", "own_loaders", "gguf_nodes"):
         found |= _of(module, "nodes")()
