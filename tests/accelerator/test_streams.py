@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import distorch
 from distorch import vgpu
+from distorch.errors import ExecutorError
 from tests.accelerator.make import FORMS, MACHINE, chain, distributed, examples, same
 
 if TYPE_CHECKING:
@@ -174,3 +175,31 @@ def test_a_pass_that_is_interrupted_leaves_a_usable_model(
     assert all(found is parameters[name] for name, found in module.named_parameters())
     with torch.inference_mode():
         assert same(module(x), expected)
+
+
+def test_a_streamed_block_inside_a_captured_graph_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A virtual device captures nothing, so it only says that it does."""
+    says = {"capturing": False}
+    monkeypatch.setattr(
+        torch.get_device_module("vgpu"),
+        "is_current_stream_capturing",
+        lambda: says["capturing"],
+        raising=False,
+    )
+    for line, streams in (("vgpu:1,0b;cpu,*", True), ("vgpu:1,*", False)):
+        module = chain(4)
+        handle = distorch.distribute(module, line, machine=MACHINE)
+        x = torch.randn(2, 256, device=DEVICE)
+        with torch.inference_mode():
+            expected = module(x)
+            says["capturing"] = True
+            if streams:
+                with pytest.raises(ExecutorError, match="while a graph is captured"):
+                    module(x)
+            else:
+                assert torch.equal(module(x), expected)
+            says["capturing"] = False
+            assert torch.equal(module(x), expected)
+        handle.remove()

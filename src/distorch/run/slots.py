@@ -192,16 +192,20 @@ class DeviceSlots:
         link.bring(store, block, self._slots[index], self._free[index], self._ready[index])
 
     def approach(self) -> None:
-        """Note when the current stream has done all before, and could go on."""
-        self._approached = self._waits.begin(self._stream())
+        """Note when the current stream has done all before, and could go on.
 
-    def enter(self, index: int) -> None:
-        """Let the current stream wait until the slot's block has arrived."""
+        Raises:
+            ExecutorError: a graph is being captured.
+        """
         if self._capturing():
             raise ExecutorError(
                 "a streamed block cannot be used while a graph is captured: it will lie elsewhere",
                 hint="capture modules whose weights rest on the device",
             )
+        self._approached = self._waits.begin(self._stream())
+
+    def enter(self, index: int) -> None:
+        """Let the current stream wait until the slot's block has arrived."""
         stream = self._stream()
         stream.wait_event(self._ready[index])
         if self._approached is not None:
