@@ -5,6 +5,7 @@ Links are slow here, or compute is, so that whatever does not wait is early ever
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,15 @@ from distorch.integrations.memories import open_stores
 from distorch.run.executor import Executor
 from distorch.tiers import links
 from distorch.tiers.accelerator import AcceleratorTier
+from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier
 from distorch.tiers.pinned import Pins
 from tests.plan_strategies import contents, equal_blocks, memory_source, streaming_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from distorch.plan.blocks import Block
 
 DEVICE, PEER = "vgpu:0", "vgpu:1"
 NBYTES, NUM_BLOCKS, NUM_SLOTS = 5000, 9, 3
@@ -151,6 +155,25 @@ def test_memory_is_freed_after_the_copies_and_the_readers_of_it(way: str, slow: 
         del executor
         torch.accelerator.synchronize(DEVICE)
         assert all(map(is_right, found, range(4)))
+
+
+def test_a_reader_in_the_midst_of_a_block_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reads goes to the ring, through pinned memory: both are freed after."""
+    real, inside = DiskTier.read, []
+
+    def slow(self: DiskTier, block: Block, slot: memoryview) -> None:
+        inside.append(block)
+        time.sleep(0.1)
+        real(self, block, slot)
+        inside.remove(block)
+
+    monkeypatch.setattr(DiskTier, "read", slow)
+    with behaving("disk"), running(["disk"]) as executor:
+        read(executor, 0)
+        while not inside:
+            time.sleep(1e-3)
+        executor.close()
+        assert inside == []
 
 
 def test_what_one_donor_still_sends_is_waited_for_although_another_is_lost() -> None:
