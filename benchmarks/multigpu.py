@@ -15,7 +15,7 @@ from pathlib import Path
 
 from distorch.allocation import Allocation
 from distorch.machine import Link, Machine, Tier
-from distorch.plan.blocks import Block, Part
+from distorch.plan.blocks import ALIGNMENT_BYTES, Block, Part
 from distorch.plan.plan import Placement, Plan, Ring
 from distorch.plan.planner import Judge, make_plan
 from distorch.simulate import simulate
@@ -144,7 +144,7 @@ def base_seconds(row: Row) -> float:
 def layers(row: Row) -> tuple[Block, ...]:
     """Return the model's layers."""
     count = next(count for name, count in _LINEAR_LAYERS.items() if row.model.startswith(name))
-    nbytes = row.model_bytes // count // 64 * 64
+    nbytes = row.model_bytes // count // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     parts = [
         Part(tensor=f"layer{at}", dtype="U8", shape=(nbytes,), nbytes=nbytes) for at in range(count)
     ]

@@ -173,12 +173,12 @@ def simulate(
     >>> from distorch.plan.blocks import Block, Part
     >>> from distorch.plan.plan import Placement, Ring
     >>> tiers = tuple(Tier(name=n, capacity_bytes=99, free_bytes=99) for n in ("cuda:0", "cpu"))
-    >>> link = Link(source="cpu", target="cuda:0", bytes_per_second=64.0)
+    >>> link = Link(source="cpu", target="cuda:0", bytes_per_second=256.0)
     >>> machine = Machine(name="slow", tiers=tiers, links=(link,))
-    >>> parts = [Part(tensor=f"w{i}", dtype="U8", shape=(64,), nbytes=64) for i in range(4)]
+    >>> parts = [Part(tensor=f"w{i}", dtype="U8", shape=(256,), nbytes=256) for i in range(4)]
     >>> blocks = [Block(name=part.tensor, parts=(part,), module=part.tensor) for part in parts]
     >>> placed = tuple(Placement(block=b, tier="cpu", kind="streamed") for b in blocks)
-    >>> ring = Ring(num_slots=2, slot_bytes=64)
+    >>> ring = Ring(num_slots=2, slot_bytes=256)
     >>> plan = Plan(compute="cuda:0", allocation="cuda:0,0b;cpu,*", placements=placed, ring=ring)
     >>> [simulate(plan, [1.0] * 4, machine, overlap=how).step_seconds for how in ("ring", "none")]
     [4.0, 8.0]

@@ -188,6 +188,8 @@ def test_reset_begins_anew() -> None:
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, **environment}
+    if "DISTORCH_VGPU" not in environment:  # torch would install ours as soon as it is imported
+        variables.pop("DISTORCH_VGPU", None)
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
 

@@ -16,6 +16,7 @@ __all__ = ["autoload", "install", "is_installed", "why_not"]
 
 _VARIABLE: Final = "DISTORCH_VGPU"
 _specs: list[Spec] = []  # the one that is installed
+_said: list[str] = []  # what autoload has complained of: torch may call it, and others
 
 
 def is_installed() -> bool:
@@ -84,7 +85,8 @@ def _register(spec: Spec) -> None:
 def autoload() -> None:
     """Install the devices of ``DISTORCH_VGPU`` when torch is imported; for its entry point.
 
-    Without the variable nothing happens. It never raises: what went wrong is one line on stderr.
+    Without the variable nothing happens. It never raises: what went wrong is one line on stderr,
+    said once.
 
     >>> autoload()
     """
@@ -94,4 +96,7 @@ def autoload() -> None:
         install()
     except (DistorchError, RuntimeError, OSError) as error:
         text = error.problem if isinstance(error, DistorchError) else str(error)
-        print(f"distorch: no virtual GPU: {text.splitlines()[0]}", file=sys.stderr)  # noqa: T201
+        line = text.splitlines()[0]
+        if line not in _said:
+            _said.append(line)
+            print(f"distorch: no virtual GPU: {line}", file=sys.stderr)  # noqa: T201
