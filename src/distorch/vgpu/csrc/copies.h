@@ -64,9 +64,12 @@ class PendingCopy {
 inline void transfer(StreamId stream, const Region& source, const Region& target) {
   random_delay(stream);
   const auto begin = Clock::now();
-  if (settings.poison) std::memset(target.data, kPoison, target.nbytes);
-  traffic.carry(source.memory, target.memory, source.nbytes);
-  std::memcpy(target.data, source.data, source.nbytes);
+  traffic.carry(
+      source.memory, target.memory, source.nbytes,
+      [&] {
+        if (settings.poison) std::memset(target.data, kPoison, target.nbytes);
+      },
+      [&] { std::memcpy(target.data, source.data, source.nbytes); });
   trace.add(stream, "copy", begin, source.nbytes, source.memory, target.memory);
 }
 

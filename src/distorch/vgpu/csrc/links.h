@@ -53,19 +53,38 @@ class Traffic {
     counts_.clear();
   }
 
-  // Sleep as long as the bytes take. Throws where an end of the link is lost on the way.
-  void carry(int source, int target, size_t nbytes) {
+  // Take as long as the bytes do on their link: `prepare` as it begins, and `move` so late that it
+  // ends with them, as this machine's memory is known to be. Throws where an end is lost on the way.
+  template <typename Prepare, typename Move>
+  void carry(int source, int target, size_t nbytes, Prepare&& prepare, Move&& move) {
     std::unique_lock lock(mutex_);
     const auto found = links_.find({source, target});
-    if (found == links_.end()) return;
+    if (found == links_.end()) {
+      lock.unlock();
+      prepare();
+      move();
+      return;
+    }
     Transfer transfer{double(nbytes), &found->second};
     advance();
     transfers_.push_back(&transfer);
     share();
-    while (transfer.remaining > 0 && !is_cut(source, target)) {
-      if (transfer.rate == kInfinite) break;
-      changed_.wait_until(lock, now_ + duration(transfer.remaining / transfer.rate));
+    lock.unlock();
+    prepare();
+    lock.lock();
+    advance();
+    const double seconds = double(nbytes) / move_speed_;
+    wait(lock, transfer, source, target, seconds);
+    const bool moves = !is_cut(source, target);
+    if (moves) {
+      lock.unlock();
+      const Clock::time_point began = Clock::now();
+      move();
+      const double took = std::chrono::duration<double>(Clock::now() - began).count();
+      lock.lock();
+      if (nbytes >= kMeasured && took > 0) move_speed_ += (nbytes / took - move_speed_) / 4;
       advance();
+      wait(lock, transfer, source, target, 0);
     }
     std::erase(transfers_, &transfer);
     share();
@@ -136,6 +155,18 @@ class Traffic {
     now_ = now;
   }
 
+  // Wait until what is left of a transfer takes no longer than so many seconds.
+  void wait(std::unique_lock<std::mutex>& lock, const Transfer& transfer, int source, int target,
+            double seconds) {
+    while (transfer.remaining > 0 && transfer.rate != kInfinite && !is_cut(source, target)) {
+      const double left = transfer.remaining / transfer.rate - seconds;
+      if (left <= 0) break;
+      changed_.wait_until(lock, now_ + duration(left));
+      advance();
+    }
+  }
+
+  static constexpr size_t kMeasured = 1 << 20;  // bytes: less says little of the memory's speed
   static constexpr double kCrumb = 1e-3;  // bytes: below what rounding leaves
 
   // Max-min fair rates: the road that is most crowded fixes the share of its users, and so on.
@@ -185,6 +216,7 @@ class Traffic {
 
   std::mutex mutex_;
   std::condition_variable changed_;
+  double move_speed_ = 8e9;  // bytes/s of this machine's own memory, as seen
   std::map<Ends, Link> links_;
   std::map<std::string, Road> buses_;
   std::map<Ends, Count> counts_;
