@@ -1,14 +1,13 @@
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check bench clean
 
-INSTALLED := .venv/.installed
-
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-install: $(INSTALLED)  ## make .venv, with DisTorch and its tools
+install:  ## make .venv, with DisTorch and its tools
+	@scripts/install
 
-demo: $(INSTALLED)  ## text from a language model that does not fit its 64 MB of memory
+demo: install  ## text from a language model that does not fit its 64 MB of memory
 	@.venv/bin/distorch run demo --allocation "cpu,64mb;disk,*" \
 		--prompt "The capital of France is" --max-new-tokens 40
 
@@ -24,6 +23,3 @@ bench:  ## the benchmarks, ours beside others; ARGS="..." goes to benchmarks/run
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
-
-$(INSTALLED): pyproject.toml constraints-dev.txt
-	@scripts/install
