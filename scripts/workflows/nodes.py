@@ -2,7 +2,7 @@
 
 ``name:TYPE=default``; a seed (``!``) is followed by what happens to it after a run, as ComfyUI's
 page saves it. Types in capitals that are no widget are links.
-"""  # noqa: INP001  (a script's data, not a package)
+"""
 
 from __future__ import annotations
 

@@ -1,34 +1,28 @@
-"""The example workflows of the new nodes."""
-# ruff: noqa: INP001, ANN401  (a script's data; a flow is whoever describes)
+"""The example workflows of the nodes that place what any loader has loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from workflows.flow import Flow, Node
+from workflows.parts import flux_encoders, save_image
 
-__all__ = ["new_flows"]
+__all__ = ["FLOWS"]
 
 _UNET = {"unet_name": "flux1-dev-fp8.safetensors"}
-_LORA = "flux_realism_lora.safetensors"
+_LINE = "cuda:0,4gb;cpu,*"
 
 
-def new_flows(make: Callable[[str, str], Any]) -> Iterator[Any]:
-    """Describe each workflow with ``make(name, note)``."""
-    for describe in (_place, _auto, _preview, _report, _donors, _lora, _everything):
-        yield describe(make)
-
-
-def _parts(f: Any) -> tuple[Any, Any]:
+def _parts(f: Flow) -> tuple[Node, Node]:
     """Add the text encoders and the VAE of Flux."""
-    clip = f(
-        "DualCLIPLoader",
-        clip_name1="t5xxl_fp8_e4m3fn.safetensors",
-        clip_name2="clip_l.safetensors",
-    )
+    clip = flux_encoders(f, "DualCLIPLoader")
     return clip, f("VAELoader", vae_name="ae.safetensors")
 
 
-def _paint(f: Any, model: Any, clip: Any, vae: Any, text: str) -> Any:
+def _placed(f: Flow) -> Node:
+    """Add Flux, a part of it at rest on the card."""
+    return f("DistorchPlaceModel", model=f("UNETLoader", **_UNET), allocation=_LINE)
+
+
+def _paint(f: Flow, model: Node, clip: Node, vae: Node, text: str) -> Node:
     """Add the rest of a Flux workflow; return the sampler."""
     encoded = f("CLIPTextEncode", text=text, clip=clip)
     sampled = f(
@@ -38,27 +32,23 @@ def _paint(f: Any, model: Any, clip: Any, vae: Any, text: str) -> Any:
         negative=f("ConditioningZeroOut", conditioning=encoded),
         latent_image=f("EmptySD3LatentImage"),
     )
-    f("SaveImage", images=f("VAEDecode", samples=sampled, vae=vae))
+    save_image(f, sampled, vae)
     return sampled
 
 
-def _place(make: Any) -> Any:
-    f = make(
+def _place() -> Flow:
+    f = Flow(
         "19 place a model that is loaded",
         "**Place Model** goes behind any loader: 4 GiB of the weights rest on `cuda:0`, the rest "
         "streams from RAM. Changing the line does not load the file again.",
     )
-    model = f(
-        "DistorchPlaceModel",
-        model=f("UNETLoader", **_UNET),
-        allocation="cuda:0,4gb;cpu,*",
-    )
+    model = _placed(f)
     _paint(f, model, *_parts(f), "a stone bridge in autumn")
     return f
 
 
-def _auto(make: Any) -> Any:
-    f = make(
+def _auto() -> Flow:
+    f = Flow(
         "20 keep memory free",
         "**Place Model, Keep Memory Free** leaves 6 GiB of the card free of weights, and says "
         "which line it came to.",
@@ -69,8 +59,8 @@ def _auto(make: Any) -> Any:
     return f
 
 
-def _preview(make: Any) -> Any:
-    f = make(
+def _preview() -> Flow:
+    f = Flow(
         "21 preview a plan",
         "**Preview Plan** shows, before anything runs, what would rest where. Nothing moves.",
     )
@@ -82,24 +72,20 @@ def _preview(make: Any) -> Any:
     return f
 
 
-def _report(make: Any) -> Any:
-    f = make(
+def _report() -> Flow:
+    f = Flow(
         "22 memory and stall report",
         "**Report** waits for the sampler and says how many bytes were streamed and how long "
         "computing stood still for them.",
     )
-    model = f(
-        "DistorchPlaceModel",
-        model=f("UNETLoader", **_UNET),
-        allocation="cuda:0,4gb;cpu,*",
-    )
+    model = _placed(f)
     sampled = _paint(f, model, *_parts(f), "a harbour at sunrise")
     f("PreviewAny", source=f("DistorchReport", model=model, after=sampled))
     return f
 
 
-def _donors(make: Any) -> Any:
-    f = make(
+def _donors() -> Flow:
+    f = Flow(
         "23 several donors by name",
         "**Several donors.** 30 % of the weights rest on the card that computes, 40 % on the "
         "second card, the rest in RAM; all links work at once.",
@@ -114,8 +100,8 @@ def _donors(make: Any) -> Any:
     return f
 
 
-def _lora(make: Any) -> Any:
-    f = make(
+def _lora() -> Flow:
+    f = Flow(
         "24 lora before and after placing",
         "**LoRA anywhere.** One LoRA before Place Model and one behind it. Change a strength: no "
         "weight is loaded again.",
@@ -123,10 +109,10 @@ def _lora(make: Any) -> Any:
     first = f(
         "LoraLoaderModelOnly",
         model=f("UNETLoader", **_UNET),
-        lora_name=_LORA,
+        lora_name="flux_realism_lora.safetensors",
         strength_model=0.8,
     )
-    placed = f("DistorchPlaceModel", model=first, allocation="cuda:0,4gb;cpu,*")
+    placed = f("DistorchPlaceModel", model=first, allocation=_LINE)
     second = f(
         "LoraLoaderModelOnly",
         model=placed,
@@ -137,18 +123,14 @@ def _lora(make: Any) -> Any:
     return f
 
 
-def _everything(make: Any) -> Any:
-    f = make(
+def _everything() -> Flow:
+    f = Flow(
         "25 place model, clip, vae and controlnet",
         "**Everything placed.** The text encoder rests on disk and computes on the card; the "
         "ControlNet computes where the model does.",
     )
     clip, vae = _parts(f)
-    model = f(
-        "DistorchPlaceModel",
-        model=f("UNETLoader", **_UNET),
-        allocation="cuda:0,4gb;cpu,*",
-    )
+    model = _placed(f)
     clip = f("DistorchPlaceCLIP", clip=clip, allocation="cuda:0,1gb;disk,*")
     vae = f("DistorchPlaceVAE", vae=vae, allocation="cuda:0,*")
     control = f(
@@ -173,5 +155,8 @@ def _everything(make: Any) -> Any:
         negative=both[1],
         latent_image=f("EmptySD3LatentImage"),
     )
-    f("SaveImage", images=f("VAEDecode", samples=sampled, vae=vae))
+    save_image(f, sampled, vae)
     return f
+
+
+FLOWS = (_place, _auto, _preview, _report, _donors, _lora, _everything)

@@ -1,46 +1,15 @@
-"""The example workflows: what each shows, its nodes and values. `make_workflows.py` writes them."""
-# ruff: noqa: INP001, ANN401  (a script's data; a flow is whoever describes)
+"""The example workflows of the loader nodes: ComfyUI's own loaders, with devices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from workflows.flow import Flow, Node
+from workflows.parts import SPLIT, flux_parts, image, save_image, save_video, vae_on_second_card
 
-from workflow_list_files import file_flows
-from workflow_list_new import new_flows
-from workflow_list_wan import wan_flows
-from workflow_parts import image
-
-__all__ = ["flows"]
-
-_SPLIT = {"compute_device": "cuda:0", "donor_device": "cpu", "eject_models": True}
-_CLIP = {"device": "cuda:1", "donor_device": "cpu", "eject_models": False}
-_FLUX = {"unet_name": "flux1-dev-fp8.safetensors", "weight_dtype": "fp8_e4m3fn"}
-_T5 = "t5xxl_fp8_e4m3fn.safetensors"
-_QWEN_CLIP = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
+__all__ = ["FLOWS"]
 
 
-def flows(make: Callable[[str, str], Any]) -> Iterator[Any]:
-    """Describe each workflow with ``make(name, note)``."""
-    described = (
-        _first_steps,
-        _flux,
-        _sd15,
-        _sdxl,
-        _ltxv,
-        _mochi,
-        _qwen_image,
-        _qwen_edit,
-    )
-    for describe in described:
-        yield describe(make)
-    yield from file_flows(make)
-    yield from wan_flows(make)
-    yield from new_flows(make)
-
-
-def _first_steps(make: Any) -> Any:
-    f = make(
+def _first_steps() -> Flow:
+    f = Flow(
         "01 first steps, z-image on two cards",
         "**First steps.** The diffusion model goes to `cuda:0`, the text encoder to `cuda:1`. "
         "With one card, set both to `cuda:0` or the text encoder to `cpu`.",
@@ -58,28 +27,20 @@ def _first_steps(make: Any) -> Any:
     return f
 
 
-def _flux(make: Any) -> Any:
-    f = make(
+def _flux() -> Flow:
+    f = Flow(
         "02 flux, each part its device",
         "**Parts on devices.** The model computes on `cuda:0`, the text encoders on the host, "
         "the VAE on `cuda:1`. Nothing is split: every part is whole where it is.",
     )
-    unet = f("UNETLoaderMultiGPU", **_FLUX, device="cuda:0")
-    clip = f(
-        "DualCLIPLoaderMultiGPU",
-        clip_name1=_T5,
-        clip_name2="clip_l.safetensors",
-        type="flux",
-        device="cpu",
-    )
-    vae = f("VAELoaderMultiGPU", vae_name="ae.safetensors", device="cuda:1")
+    unet, clip, vae = flux_parts(f)
     text = "a small robot waters tomatoes in a greenhouse, morning light"
     image(f, unet, clip, vae, f("EmptySD3LatentImage"), text, guidance=3.5)
     return f
 
 
-def _sd15(make: Any) -> Any:
-    f = make(
+def _sd15() -> Flow:
+    f = Flow(
         "03 sd 1.5, a checkpoint on the second card",
         "**A whole checkpoint on `cuda:1`.** The first card stays free for something else.",
     )
@@ -94,8 +55,8 @@ def _sd15(make: Any) -> Any:
     return f
 
 
-def _sdxl(make: Any) -> Any:
-    f = make(
+def _sdxl() -> Flow:
+    f = Flow(
         "04 sdxl, each part of a checkpoint its device",
         "**One file, three devices.** UNet on `cuda:0`, CLIP on the host, VAE on `cuda:1`.",
     )
@@ -112,8 +73,8 @@ def _sdxl(make: Any) -> Any:
     return f
 
 
-def _ltxv(make: Any) -> Any:
-    f = make(
+def _ltxv() -> Flow:
+    f = Flow(
         "05 ltx-video, weights rest on the second card",
         "**The second card as a store.** 5 GiB of the model rest on `cuda:1` and stream to "
         "`cuda:0`, which computes; the text encoder runs on `cuda:1`.",
@@ -122,7 +83,7 @@ def _ltxv(make: Any) -> Any:
         "CheckpointLoaderSimpleDisTorch2MultiGPU",
         ckpt_name="ltx-video-2b-v0.9.5.safetensors",
         virtual_vram_gb=5.0,
-        **_SPLIT | {"donor_device": "cuda:1"},
+        **SPLIT | {"donor_device": "cuda:1"},
     )
     clip = f(
         "CLIPLoaderMultiGPU",
@@ -143,13 +104,12 @@ def _ltxv(make: Any) -> Any:
         steps=30,
         cfg=3.0,
     )
-    frames = f("VAEDecode", samples=sampled, vae=loaded[2])
-    f("SaveVideo", video=f("CreateVideo", images=frames))
+    save_video(f, sampled, loaded[2])
     return f
 
 
-def _mochi(make: Any) -> Any:
-    f = make(
+def _mochi() -> Flow:
+    f = Flow(
         "06 mochi, a checkpoint split by part",
         "**Each part its split.** 5 GiB of the UNet rest in RAM and compute on `cuda:0`; 2 GiB of "
         "the text encoder rest in RAM and compute on `cuda:1`, where the VAE is too.",
@@ -175,31 +135,34 @@ def _mochi(make: Any) -> Any:
         steps=30,
         cfg=4.5,
     )
-    frames = f("VAEDecode", samples=sampled, vae=loaded[2])
-    f("SaveVideo", video=f("CreateVideo", images=frames))
+    save_video(f, sampled, loaded[2])
     return f
 
 
-def _qwen_image(make: Any) -> Any:
-    f = make(
+def _qwen_parts(f: Flow, file: str, virtual_vram_gb: float) -> tuple[Node, Node, Node]:
+    """Add loaders for a model of the Qwen-Image family, split over a card and the host."""
+    unet = f(
+        "UNETLoaderDisTorch2MultiGPU", unet_name=file, virtual_vram_gb=virtual_vram_gb, **SPLIT
+    )
+    clip = f(
+        "CLIPLoaderDisTorch2MultiGPU",
+        clip_name="qwen_2.5_vl_7b_fp8_scaled.safetensors",
+        type="qwen_image",
+        device="cuda:1",
+        virtual_vram_gb=3.9,
+        donor_device="cpu",
+        eject_models=False,
+    )
+    return unet, clip, vae_on_second_card(f, "qwen_image_vae.safetensors")
+
+
+def _qwen_image() -> Flow:
+    f = Flow(
         "07 qwen-image, model and text encoder split",
         "**Both large parts split.** 14 GiB of the model and 3.9 GiB of the text encoder rest in "
         "RAM; they compute on a card each.",
     )
-    unet = f(
-        "UNETLoaderDisTorch2MultiGPU",
-        unet_name="qwen_image_fp8_e4m3fn.safetensors",
-        virtual_vram_gb=14.0,
-        **_SPLIT,
-    )
-    clip = f(
-        "CLIPLoaderDisTorch2MultiGPU",
-        clip_name=_QWEN_CLIP,
-        type="qwen_image",
-        virtual_vram_gb=3.9,
-        **_CLIP,
-    )
-    vae = f("VAELoaderMultiGPU", vae_name="qwen_image_vae.safetensors", device="cuda:1")
+    unet, clip, vae = _qwen_parts(f, "qwen_image_fp8_e4m3fn.safetensors", 14.0)
     latent = f("EmptySD3LatentImage", width=1328, height=1328)
     text = "a chalkboard menu that reads 'soup of the day', cosy cafe"
     model = f("ModelSamplingAuraFlow", model=unet)
@@ -207,25 +170,12 @@ def _qwen_image(make: Any) -> Any:
     return f
 
 
-def _qwen_edit(make: Any) -> Any:
-    f = make(
+def _qwen_edit() -> Flow:
+    f = Flow(
         "08 qwen-image-edit 2509, split",
         "**An edit model.** 7 GiB of it rest in RAM. Choose a picture in Load Image.",
     )
-    unet = f(
-        "UNETLoaderDisTorch2MultiGPU",
-        unet_name="qwen_image_edit_2509_fp8_e4m3fn.safetensors",
-        virtual_vram_gb=7.0,
-        **_SPLIT,
-    )
-    clip = f(
-        "CLIPLoaderDisTorch2MultiGPU",
-        clip_name=_QWEN_CLIP,
-        type="qwen_image",
-        virtual_vram_gb=3.9,
-        **_CLIP,
-    )
-    vae = f("VAELoaderMultiGPU", vae_name="qwen_image_vae.safetensors", device="cuda:1")
+    unet, clip, vae = _qwen_parts(f, "qwen_image_edit_2509_fp8_e4m3fn.safetensors", 7.0)
     source = f("LoadImage")
     encode = {"clip": clip, "vae": vae, "image1": source}
     sampled = f(
@@ -237,5 +187,8 @@ def _qwen_edit(make: Any) -> Any:
         steps=20,
         cfg=2.5,
     )
-    f("SaveImage", images=f("VAEDecode", samples=sampled, vae=vae))
+    save_image(f, sampled, vae)
     return f
+
+
+FLOWS = (_first_steps, _flux, _sd15, _sdxl, _ltxv, _mochi, _qwen_image, _qwen_edit)

@@ -1,4 +1,4 @@
-"""Lays out a workflow for ComfyUI's page, and draws it as a picture."""  # noqa: INP001
+"""Lays out a workflow for ComfyUI's page, and draws it as a picture."""
 
 from __future__ import annotations
 
