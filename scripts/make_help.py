@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(_ROOT / "src"), str(Path(__file__).parent)]
+sys.path[:0] = [str(_ROOT / "src")]
 
 from help_words import ABOUT, BASES, INPUTS, TITLES  # noqa: E402
 
@@ -48,19 +48,16 @@ def pages() -> dict[str, str]:
     found: dict[str, str] = {}
     titles = table.titles()
     for row in (*table.ROWS, *table.GGUF_ROWS):
-        english, chinese = ABOUT[row.kit]
-        thing = BASES[row.base]
-        inputs = inputs_of(row.kit, _DEVICES)
-        _add(found, row.key, row.title, english.format(thing=thing[0]), inputs)
-        _add_chinese(found, row.key, row.title, chinese.format(thing=thing[1]), inputs)
+        things = BASES[row.base]
+        abouts = [
+            text.format(thing=thing) for text, thing in zip(ABOUT[row.kit], things, strict=True)
+        ]
+        _add(found, row.key, row.title, abouts, inputs_of(row.kit, _DEVICES), is_over_loader=True)
     for key, english in _OWN.items():
-        inputs = _own_inputs(key)
-        _add(found, key, titles[key], english, inputs, is_over_loader=False)
-        _add_chinese(found, key, titles[key], TITLES[key], inputs, is_over_loader=False)
+        _add(found, key, titles[key], [english, TITLES[key]], _own_inputs(key))
     for key, text in NODE_TEXTS.items():
         inputs = _flat(input_types(text, _DEVICES))
-        _add(found, key, text.title, text.description, inputs, is_over_loader=False)
-        _add_chinese(found, key, text.title, TITLES[key], inputs, is_over_loader=False)
+        _add(found, key, text.title, [text.description, TITLES[key]], inputs)
     return found
 
 
@@ -83,26 +80,20 @@ def _add(
     found: dict[str, str],
     key: str,
     title: str,
-    about: str,
+    abouts: list[str],
     inputs: dict[str, Any],
     *,
-    is_over_loader: bool = True,
+    is_over_loader: bool = False,
 ) -> None:
-    words = {name: given[1].get("tooltip", "") for name, given in inputs.items()}
-    found[f"{key}.md"] = _page("en", title, about, inputs, words, is_over_loader)
-
-
-def _add_chinese(
-    found: dict[str, str],
-    key: str,
-    title: str,
-    about: str,
-    inputs: dict[str, Any],
-    *,
-    is_over_loader: bool = True,
-) -> None:
-    words = {name: INPUTS[name] for name in inputs}
-    found[f"{key}/zh.md"] = _page("zh", title, about, inputs, words, is_over_loader)
+    """Add a node's pages; ``abouts`` says what it does, in English and in Chinese."""
+    tooltips = {name: given[1].get("tooltip", "") for name, given in inputs.items()}
+    chinese = {name: INPUTS[name] for name in inputs}
+    found[f"{key}.md"] = _page(
+        "en", title, abouts[0], inputs, tooltips, is_over_loader=is_over_loader
+    )
+    found[f"{key}/zh.md"] = _page(
+        "zh", title, abouts[1], inputs, chinese, is_over_loader=is_over_loader
+    )
 
 
 def _page(
@@ -111,7 +102,8 @@ def _page(
     about: str,
     inputs: dict[str, Any],
     words: dict[str, str],
-    is_over_loader: bool,  # noqa: FBT001
+    *,
+    is_over_loader: bool,
 ) -> str:
     name, default, meaning, others = _HEADS[language]
     rows = [f"# {title}", "", about, "", f"| {name} | {default} | {meaning} |", "|---|---|---|"]
