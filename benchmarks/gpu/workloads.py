@@ -123,62 +123,43 @@ def _peers(*, tame: bool) -> list[Entry]:
     return [Entry(name=name, run=run) for name, run in found.items()]
 
 
-def _g1(scale: Scale, _speeds: Speeds, _folder: Path | None) -> Iterator[Case]:
-    shipped = Entry(name="ours, as shipped", run=ours_as_shipped)
-    entries = [*_ours(), shipped, *_plain(), *_peers(tame=True)]
-    yield Case(
-        label="g1",
-        shape=scale.flux(),
+def _case(scale: Scale, label: str, shape: Shape, entries: list[Entry], form: str = "BF16") -> Case:
+    """Return a case under the cap that all share."""
+    return Case(
+        label=label,
+        shape=shape,
+        form=form,
         entries=entries,
         cap_bytes=scale.cap_bytes,
         room_share=scale.room_share,
     )
+
+
+def _g1(scale: Scale, _speeds: Speeds, _folder: Path | None) -> Iterator[Case]:
+    shipped = Entry(name="ours, as shipped", run=ours_as_shipped)
+    entries = [*_ours(), shipped, *_plain(), *_peers(tame=True)]
+    yield _case(scale, "g1", scale.flux(), entries)
 
 
 def _g2(scale: Scale, _speeds: Speeds, _folder: Path | None) -> Iterator[Case]:
     entries = [*_ours()[:1], *_plain()[1:], *(_peers(tame=True) if scale.name == "full" else [])]
-    yield Case(
-        label="g2",
-        shape=scale.wan_long(),
-        entries=entries,
-        cap_bytes=scale.cap_bytes,
-        room_share=scale.room_share,
-    )
+    yield _case(scale, "g2", scale.wan_long(), entries)
 
 
 def _g3(scale: Scale, _speeds: Speeds, _folder: Path | None) -> Iterator[Case]:
     entries = [*_ours(), *_plain(), *(_peers(tame=True) if scale.name == "full" else [])]
-    yield Case(
-        label="g3",
-        shape=scale.wan_short(),
-        entries=entries,
-        cap_bytes=scale.cap_bytes,
-        room_share=scale.room_share,
-    )
+    yield _case(scale, "g3", scale.wan_short(), entries)
 
 
 def _g4(scale: Scale, _speeds: Speeds, _folder: Path | None) -> Iterator[Case]:
     for form in ("BF16", "F8_E4M3", "Q8_0", "Q4_K"):
-        yield Case(
-            label=f"g4 {form}",
-            shape=scale.qwen(),
-            form=form,
-            entries=[*_ours(), *_plain()[2:]],
-            cap_bytes=scale.cap_bytes,
-            room_share=scale.room_share,
-        )
+        yield _case(scale, f"g4 {form}", scale.qwen(), [*_ours(), *_plain()[2:]], form=form)
 
 
 def _g5(scale: Scale, _speeds: Speeds, _folder: Path | None) -> Iterator[Case]:
+    entries = [*_ours()[:1], *_plain()[:1], *_plain()[2:]]
     for batch in scale.batches:
-        yield Case(
-            label=f"g5 batch {batch}",
-            shape=scale.llama(batch=batch),
-            form="Q4_K",
-            entries=[*_ours()[:1], *_plain()[:1], *_plain()[2:]],
-            cap_bytes=scale.cap_bytes,
-            room_share=scale.room_share,
-        )
+        yield _case(scale, f"g5 batch {batch}", scale.llama(batch=batch), entries, form="Q4_K")
 
 
 def _g6(scale: Scale, _speeds: Speeds, _folder: Path | None) -> Iterator[Case]:
@@ -221,13 +202,7 @@ def _others(scale: Scale, _speeds: Speeds, _folder: Path | None) -> Iterator[Cas
     """Last, since some of them change torch for the whole process."""
     if entries := _peers(tame=False):
         entries = [Entry(name="ours", run=ours), *entries]
-        yield Case(
-            label="others",
-            shape=scale.flux(),
-            entries=entries,
-            cap_bytes=scale.cap_bytes,
-            room_share=scale.room_share,
-        )
+        yield _case(scale, "others", scale.flux(), entries)
 
 
 @contextmanager
