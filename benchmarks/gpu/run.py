@@ -23,11 +23,21 @@ def main(arguments: list[str] | None = None) -> int:
     from gpu.suite import Options, run
     from gpu.workloads import WORKLOADS
 
+    names = ", ".join(f"{name} ({each.title})" for name, each in WORKLOADS.items())
+    parser = _parser(names)
+    chosen = parser.parse_args(arguments)
+    only = [name.strip() for name in chosen.only.split(",") if name.strip()]
+    if unknown := [name for name in only if name not in WORKLOADS]:
+        parser.error(f"{unknown[0]!r} is none of {', '.join(WORKLOADS)}")
+    run(Options(**vars(chosen) | {"only": only}))
+    return 0
+
+
+def _parser(names: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Streaming weights to an accelerator: ours and others, side by side.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    names = ", ".join(f"{name} ({each.title})" for name, each in WORKLOADS.items())
     parser.add_argument("--only", default="", help=f"some of {names}; with commas between")
     parser.add_argument("--device", default="", help="cuda:0, vgpu:0; the first one if not given")
     parser.add_argument("--scale", choices=("full", "tiny"), default="full")
@@ -39,24 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a file for the results, written as they come")
     parser.add_argument("--save", action="store_true", help="keep them in benchmarks/results")
     parser.add_argument("--commit", default="", help="where the sources came without their git")
-    chosen = parser.parse_args(arguments)
-    only = [name.strip() for name in chosen.only.split(",") if name.strip()]
-    if unknown := [name for name in only if name not in WORKLOADS]:
-        parser.error(f"{unknown[0]!r} is none of {', '.join(WORKLOADS)}")
-    run(
-        Options(
-            only=only,
-            device=chosen.device,
-            scale=chosen.scale,
-            cap_gb=chosen.cap_gb,
-            minutes=chosen.minutes,
-            folder=chosen.folder,
-            out=chosen.out,
-            save=chosen.save,
-            commit=chosen.commit,
-        )
-    )
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -60,28 +60,11 @@ def run(options: Options) -> Figures:
     scale = tiny() if options.scale == "tiny" else full(options.cap_gb)
     threads = torch.get_num_threads()
     torch.set_num_threads(scale.threads or threads)
-    found: Figures = {
-        "hardware": hardware(device, options.commit),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "options": {key: str(value) for key, value in asdict(options).items()},
-        "links": {},
-        "cases": {},
-    }
+    found = _nothing_yet(device, options)
     gc.collect()
     gc.freeze()  # what was imported need not be looked at after every contender
     clock.say(f"{found['hardware']['device']}, torch {torch.__version__}, {scale.name} scale")
-    most_bytes = min(_HOST_BYTES, round(_HOST_SHARE * host_memory()[1])) or _HOST_BYTES
-    arena = Arena(device, most_bytes, scale.slab_bytes)
-    bench = Bench(
-        device=device,
-        arena=arena,
-        clock=clock,
-        margin_bytes=scale.margin_bytes,
-        tile=scale.tile,
-        most_passes=scale.most_passes,
-        warm_passes=scale.warm_passes,
-    )
+    bench = _bench(device, scale, clock)
     plans: Any = planning
     usual = plans.cut
     if scale.block_bytes:  # or a tiny model would be a block or two
@@ -89,7 +72,7 @@ def run(options: Options) -> Figures:
     try:
         clock.say("links")
         found["links"], bench.speeds = measure_links(
-            device, arena, options.folder, scale.sizes, clock
+            device, bench.arena, options.folder, scale.sizes, clock
         )
         _write(options, found)
         _run_workloads(bench, scale, options, found)
@@ -99,10 +82,35 @@ def run(options: Options) -> Figures:
         found["seconds"] = clock.passed
         _write(options, found)
         device.tidy()
-        arena.close()
+        bench.arena.close()
         gc.unfreeze()
     show(found)
     return found
+
+
+def _nothing_yet(device: Device, options: Options) -> Figures:
+    """Return the results before anything is measured: where and how."""
+    return {
+        "hardware": hardware(device, options.commit),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "options": {key: str(value) for key, value in asdict(options).items()},
+        "links": {},
+        "cases": {},
+    }
+
+
+def _bench(device: Device, scale: Scale, clock: Clock) -> Bench:
+    most_bytes = min(_HOST_BYTES, round(_HOST_SHARE * host_memory()[1])) or _HOST_BYTES
+    return Bench(
+        device=device,
+        arena=Arena(device, most_bytes, scale.slab_bytes),
+        clock=clock,
+        margin_bytes=scale.margin_bytes,
+        tile=scale.tile,
+        most_passes=scale.most_passes,
+        warm_passes=scale.warm_passes,
+    )
 
 
 def _run_workloads(bench: Bench, scale: Scale, options: Options, found: Figures) -> None:
