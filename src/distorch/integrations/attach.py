@@ -18,7 +18,7 @@ from distorch.integrations.memories import open_stores, pins_for
 from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe
 from distorch.integrations.planning import Planning
 from distorch.integrations.request import Request
-from distorch.integrations.resting import RestingWeight, Run, as_weight
+from distorch.integrations.resting import RestingWeight, Run
 from distorch.machine import Machine
 from distorch.plan.blocks import ALIGNMENT_BYTES, CPU_ALIGNMENT_BYTES
 from distorch.plan.plan import Plan
@@ -157,8 +157,9 @@ class Handle:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights on the compute device now: at rest, and the ring."""
-        return self._running().weight_bytes
+        """Bytes of weights on the compute device now: at rest, the ring, and their scales."""
+        scales = sum(weight.form.nbytes for weight in self._tree.weights.values())
+        return self._running().weight_bytes + scales
 
     def rebudget(
         self,
@@ -274,7 +275,7 @@ class Handle:
                 continue
             places[name] = place = _place(weight, executor, runs[name])
             place.point(place.resting)
-            self._resting[name] = RestingWeight(executor, runs[name], weight.shape, place.dtype)
+            self._resting[name] = RestingWeight(executor, runs[name], weight.shape, place.form)
         modules = dict(self._module.named_modules())
         brackets = [
             (
@@ -330,11 +331,11 @@ def _executor(plan: Plan, stores: Mapping[str, Store], pins: Pins) -> Executor:
 
 def _place(weight: Weight, executor: Executor, runs: Sequence[Run]) -> Place:
     """Where a weight's users find it; one that rests here whole is there for good."""
-    shape, dtype = weight.shape, weight.original.dtype
+    shape, form = weight.shape, weight.form.on(executor.device)
     placement = executor.plan.placements[runs[0].block]
-    resting: Tensor = RestingWeight(executor, runs, shape, dtype)
+    resting: Tensor = RestingWeight(executor, runs, shape, form)
     if len(runs) == 1 and placement.kind == "resident":
         raw = executor.acquire(runs[0].block).part(runs[0].index)
-        resting = as_parameter(as_weight(raw, runs[0].part, shape, dtype))
+        resting = as_parameter(form.weight(raw, shape))
     users = tuple((owner._parameters, attribute) for owner, attribute in weight.users)
-    return Place(users=users, resting=resting, shape=shape, dtype=dtype)
+    return Place(users=users, resting=resting, shape=shape, form=form)

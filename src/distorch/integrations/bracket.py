@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from distorch.integrations.resting import as_weight
+from distorch.integrations.resting import Form
 from distorch.quant.lazy import LazyWeight
 from distorch.run.executor import Executor, Lease
 
@@ -26,7 +26,7 @@ class Place:
     users: tuple[tuple[dict[str, Any], str], ...]
     resting: Tensor
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    form: Form
 
     def point(self, tensor: Tensor) -> None:
         """Let every user find ``tensor``."""
@@ -86,10 +86,8 @@ class Bracket:
         if views is None:
             with torch.inference_mode(mode=False):
                 views = [
-                    as_weight(lease.part(index), part, place.shape, place.dtype)
-                    for index, (part, place) in enumerate(
-                        zip(lease.placement.block.parts, self._places, strict=True)
-                    )
+                    place.form.weight(lease.part(index), place.shape)
+                    for index, place in enumerate(self._places)
                 ]
             if lease.where is not None:
                 self._views[lease.where] = views

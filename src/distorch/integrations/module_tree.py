@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from distorch.integrations.resting import TORCH_DTYPES, RestingWeight
+from distorch.integrations.resting import TORCH_DTYPES, Form, Packed, RestingWeight
 from distorch.plan.blocks import Node, TensorSpec
+from distorch.plan.plan import gib
+from distorch.quant.scale import Scale
 from distorch.quant.tensor import QuantTensor
 
 __all__ = ["Stored", "Tree", "Weight", "as_parameter", "describe", "whole"]
@@ -26,8 +28,9 @@ class Weight:
 
     name: str
     original: nn.Parameter | QuantTensor
-    shape: tuple[int, ...] = ()
     users: list[tuple[nn.Module, str]] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    form: Form = field(init=False)
 
     @property
     def is_away(self) -> bool:
@@ -97,6 +100,7 @@ class Stored:
     shape: tuple[int, ...]
     nbytes: int
     whole: bool = False
+    scale: Scale | None = None
 
 
 def describe(module: nn.Module, stored: Mapping[str, Stored] | None = None) -> Tree:
@@ -124,9 +128,31 @@ def describe(module: nn.Module, stored: Mapping[str, Stored] | None = None) -> T
             del weights[key]
         else:
             weight.shape = tuple(weight.original.shape)
+            weight.form = _form(weight.original, stored and stored[weight.name])
     names = {key: weight.name for key, weight in weights.items()}
     root = _node("", module, names, weights, stored)
-    return Tree(root, {weight.name: weight for weight in weights.values()}, tuple(notes))
+    return Tree(
+        root=root,
+        weights={weight.name: weight for weight in weights.values()},
+        notes=(*notes, *_note_of_scales(weights.values())),
+    )
+
+
+def _form(parameter: Tensor, stored: Stored | None) -> Form:
+    """What a weight is made of: as a checkpoint has it, else as the module has it."""
+    if stored is not None:
+        return Packed(stored.dtype, parameter.dtype, stored.scale)
+    if isinstance(parameter, QuantTensor):
+        return Packed(parameter.form.name, parameter.compute_dtype, parameter.scale)
+    return Packed(_DTYPE_NAMES[parameter.dtype], parameter.dtype)
+
+
+def _note_of_scales(weights: Iterable[Weight]) -> list[str]:
+    """Scales are small, and are not placed: the plan says so."""
+    sizes = [weight.form.nbytes for weight in weights if weight.form.nbytes]
+    if not sizes:
+        return []
+    return [f"{gib(sum(sizes))} of scales, of {len(sizes)} weights, stay on the compute device"]
 
 
 def _node(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -14,12 +14,13 @@ from torch import Tensor
 from distorch.plan.blocks import Part
 from distorch.quant.block_formats import block_format
 from distorch.quant.lazy import LazyWeight
+from distorch.quant.scale import Scale
 from distorch.quant.tensor import QuantTensor
 from distorch.run.executor import Executor, Lease
 from distorch.tiers.accelerator import reserve
 from distorch.tiers.memory import allocate
 
-__all__ = ["TORCH_DTYPES", "RestingWeight", "Run", "as_weight"]
+__all__ = ["TORCH_DTYPES", "Form", "Packed", "RestingWeight", "Run"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -38,11 +39,55 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def as_weight(raw: Tensor, part: Part, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """View a part's bytes as the weight a model computes with: dense, or packed and lazy."""
-    if TORCH_DTYPES.get(part.dtype) == dtype:
-        return raw.view(dtype).view(tuple(shape))
-    return QuantTensor(raw, block_format(part.dtype), tuple(shape), dtype)
+class Form(Protocol):
+    """What a weight is made of: how flat bytes become the tensor that a model computes with."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes with."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps of its own on the compute device, beside the weight's."""
+
+    def weight(
+        self, raw: Tensor, shape: Sequence[int], rows: slice | Tensor | None = None
+    ) -> Tensor:
+        """View the bytes of a weight, or of those of its rows that are named, as a tensor."""
+
+    def on(self, device: torch.device) -> Form:
+        """Return the same with what it keeps of its own, such as a scale, on ``device``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Bytes of the dtype ``stored``, which may be a block format, and perhaps their scale.
+
+    Those that are stored as the model computes are used as they are; all others are decoded where
+    they are used.
+    """
+
+    stored: str
+    dtype: torch.dtype
+    scale: Scale | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the scale."""
+        return 0 if self.scale is None else self.scale.nbytes
+
+    def weight(
+        self, raw: Tensor, shape: Sequence[int], rows: slice | Tensor | None = None
+    ) -> Tensor:
+        """View bytes as a dense tensor, or as a packed and lazy one."""
+        if self.scale is None and TORCH_DTYPES.get(self.stored) == self.dtype:
+            return raw.view(self.dtype).view(tuple(shape))
+        scale = self.scale if self.scale is None or rows is None else self.scale.rows(rows)
+        return QuantTensor(raw, block_format(self.stored), tuple(shape), self.dtype, scale)
+
+    def on(self, device: torch.device) -> Packed:
+        """Return the same with its scale on ``device``."""
+        return self if self.scale is None else replace(self, scale=self.scale.on(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +97,12 @@ class Run:
     block: int
     index: int
     part: Part
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the weight that are there."""
+        first = self.part.first_row
+        return slice(first, first + (self.part.shape[0] if self.part.shape else 1))
 
 
 class RestingWeight(LazyWeight):
@@ -63,20 +114,21 @@ class RestingWeight(LazyWeight):
 
     executor: Executor
     runs: tuple[Run, ...]
+    form: Form
     _views: dict[tuple[int, int], Tensor]
 
     def __new__(
-        cls, executor: Executor, runs: Sequence[Run], shape: Sequence[int], dtype: torch.dtype
+        cls, executor: Executor, runs: Sequence[Run], shape: Sequence[int], form: Form
     ) -> Self:
         """Wrap the runs of one weight, in the order of their rows."""
-        self = LazyWeight.__new__(cls, shape, dtype, executor.device)
-        self.executor, self.runs = executor, tuple(runs)
+        self = LazyWeight.__new__(cls, shape, form.dtype, executor.device)
+        self.executor, self.runs, self.form = executor, tuple(runs), form
         self._views = {}
         return self
 
     def __copy__(self) -> RestingWeight:
         """Another wrapper of the same weight."""
-        return RestingWeight(self.executor, self.runs, self.shape, self.dtype)
+        return RestingWeight(self.executor, self.runs, self.shape, self.form)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by each run as it arrives."""
@@ -85,9 +137,9 @@ class RestingWeight(LazyWeight):
                 return F.linear(x, weight, bias)
         out = x.new_empty(*x.shape[:-1], self.shape[0])
         for run in self.runs:
-            rows = slice(run.part.first_row, run.part.first_row + run.part.shape[0])
             with self._leased(run) as weight:
-                out[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
+                part = None if bias is None else bias[run.rows]
+                out[..., run.rows] = F.linear(x, weight, part)
         return out
 
     def embedding(self, ids: Tensor) -> Tensor:
@@ -102,20 +154,15 @@ class RestingWeight(LazyWeight):
         part = self.runs[0].part
         raw = allocate(len(distinct) * (part.nbytes // part.shape[0])).view(len(distinct), -1)
         for run in self.runs:
-            first, last = run.part.first_row, run.part.first_row + run.part.shape[0]
+            first, last = run.rows.start, run.rows.stop
             inside = ((distinct >= first) & (distinct < last)).nonzero().flatten()
             if len(inside):
                 begin, end = int(inside[0]), int(inside[-1]) + 1  # distinct rows are sorted
                 wanted = (distinct[begin:end] - first).tolist()
                 self.executor.read_rows(run.block, wanted, raw[begin:end])
-        few = Part(
-            tensor=part.tensor,
-            dtype=part.dtype,
-            shape=(len(distinct), *part.shape[1:]),
-            nbytes=raw.numel(),
-        )
-        rows = raw.view(-1).to(device)
-        return F.embedding(place, as_weight(rows, few, few.shape, self.dtype))
+        few = (len(distinct), *part.shape[1:])
+        rows = self.form.weight(raw.view(-1).to(device), few, distinct)
+        return F.embedding(place, rows)
 
     def materialize(self) -> Tensor:
         """Read the whole weight into memory of its own, dense."""
@@ -124,11 +171,7 @@ class RestingWeight(LazyWeight):
 
     def whole(self, device: torch.device) -> Tensor:
         """Read the whole weight into memory of its own on ``device``, as stored."""
-        raw, first = self.raw(device), self.runs[0].part
-        part = Part(
-            tensor=first.tensor, dtype=first.dtype, shape=tuple(self.shape), nbytes=raw.numel()
-        )
-        return as_weight(raw, part, self.shape, self.dtype)
+        return self.form.on(device).weight(self.raw(device), self.shape)
 
     def raw(self, device: torch.device) -> Tensor:
         """Read the weight's bytes into memory of their own on ``device``.
@@ -158,9 +201,9 @@ class RestingWeight(LazyWeight):
         """The rows of one run where the lease has them; made once for each such place."""
         view = None if lease.where is None else self._views.get((run.block, lease.where))
         if view is None:
-            shape = run.part.shape if len(self.runs) > 1 else self.shape
+            shape, rows = (run.part.shape, run.rows) if len(self.runs) > 1 else (self.shape, None)
             with torch.inference_mode(mode=False):
-                view = as_weight(lease.part(run.index), run.part, shape, self.dtype)
+                view = self.form.weight(lease.part(run.index), shape, rows)
             if lease.where is not None:
                 self._views[run.block, lease.where] = view
         return view

@@ -12,6 +12,7 @@ from torch import Tensor
 from distorch.quant.block_formats import BlockFormat
 from distorch.quant.dequantize import dequantize, scratch
 from distorch.quant.lazy import LazyWeight
+from distorch.quant.scale import Scale
 
 __all__ = ["QuantTensor"]
 
@@ -26,7 +27,8 @@ class QuantTensor(LazyWeight):
     ``packed`` holds the blocks as stored, row after row; ``shape`` and ``dtype`` are what the
     model computes with. ``F.linear`` decodes into a reused buffer and multiplies; ``F.embedding``
     decodes the rows it looks up and no others. Results are bit-identical to the same operation on
-    ``gguf.quants.dequantize`` of the weight.
+    ``gguf.quants.dequantize`` of the weight, times its ``scale`` if it has one, in float32, rounded
+    once to ``dtype``.
 
     >>> from distorch.quant.block_formats import block_format
     >>> packed = torch.zeros(2, 34, dtype=torch.uint8); packed[:, 1] = 0x3C; packed[1, 2:] = 3
@@ -38,17 +40,24 @@ class QuantTensor(LazyWeight):
     # Plain attributes: torch answers .shape and .dtype of a subclass through Python, 3 us each.
     packed: Tensor
     form: type[BlockFormat]
+    scale: Scale | None
     rows: int
     columns: int
     row_bytes: int
     compute_dtype: torch.dtype
 
     def __new__(
-        cls, packed: Tensor, form: type[BlockFormat], shape: tuple[int, ...], dtype: torch.dtype
+        cls,
+        packed: Tensor,
+        form: type[BlockFormat],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        scale: Scale | None = None,
     ) -> Self:
         """Wrap ``packed`` without copying it."""
         self = LazyWeight.__new__(cls, shape, dtype, packed.device)
         self.packed, self.form, self.compute_dtype = packed.view(-1), form, dtype
+        self.scale = scale
         self.columns = shape[-1] if shape else 1
         self.is_matrix = self.is_matrix and self.columns % form.elements == 0  # rows of blocks
         self.row_bytes = self.columns // form.elements * form.nbytes
@@ -57,12 +66,15 @@ class QuantTensor(LazyWeight):
 
     def __copy__(self) -> QuantTensor:
         """Another wrapper of the same bytes."""
-        return QuantTensor(self.packed, self.form, tuple(self.shape), self.compute_dtype)
+        return QuantTensor(
+            self.packed, self.form, tuple(self.shape), self.compute_dtype, self.scale
+        )
 
     def on(self, device: torch.device | str, *, non_blocking: bool = False) -> QuantTensor:
         """Return the same weight in the memory of ``device``, packed."""
         packed = self.packed.to(device, non_blocking=non_blocking)
-        return QuantTensor(packed, self.form, tuple(self.shape), self.compute_dtype)
+        scale = self.scale and self.scale.on(device, non_blocking=non_blocking)
+        return QuantTensor(packed, self.form, tuple(self.shape), self.compute_dtype, scale)
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]  # torch's too cannot be set
@@ -88,7 +100,7 @@ class QuantTensor(LazyWeight):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         """Say what the weight is made of, by which ``module.to`` knows how to replace it."""
-        return ["packed"], (self.form, tuple(self.shape), self.compute_dtype)
+        return ["packed"], (self.form, tuple(self.shape), self.compute_dtype, self.scale)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -106,12 +118,12 @@ class QuantTensor(LazyWeight):
             out = scratch(self.numel())
         else:
             out = torch.empty(self.numel(), dtype=torch.float32, device=self.packed.device)
-        return dequantize(self.packed, self.form, out).view(self.shape)
+        return self._scaled(dequantize(self.packed, self.form, out)).view(self.shape)
 
     def materialize(self) -> Tensor:
         """Return the whole weight, decoded into memory of its own."""
         out = torch.empty(self.shape, dtype=torch.float32, device=self.packed.device)
-        return dequantize(self.packed, self.form, out).to(self.compute_dtype)
+        return self._scaled(dequantize(self.packed, self.form, out)).to(self.compute_dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Decode and multiply; a single row of ``x`` does so tile by tile, in the cache.
@@ -130,9 +142,11 @@ class QuantTensor(LazyWeight):
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Decode the rows that ``ids`` names."""
-        packed = self.packed.view(self.rows, self.row_bytes).index_select(0, ids.reshape(-1))
-        out = torch.empty(*ids.shape, self.columns, dtype=torch.float32, device=packed.device)
-        return dequantize(packed, self.form, out).to(self.compute_dtype)
+        wanted = ids.reshape(-1)
+        packed = self.packed.view(self.rows, self.row_bytes).index_select(0, wanted)
+        out = torch.empty(len(wanted), self.columns, dtype=torch.float32, device=packed.device)
+        found = self._scaled(dequantize(packed, self.form, out), wanted)
+        return found.to(self.compute_dtype).view(*ids.shape, self.columns)
 
     def _by_tiles(self, x: Tensor, tile: int) -> Tensor:
         out = x.new_empty(*x.shape[:-1], self.rows)
@@ -152,4 +166,13 @@ class QuantTensor(LazyWeight):
         else:
             out = torch.empty(elements, dtype=torch.float32, device=packed.device)
         weight = dequantize(packed, self.form, out).view(last - first, self.columns)
+        weight = self._scaled(weight, slice(first, last))
         return weight if self.compute_dtype == torch.float32 else weight.to(self.compute_dtype)
+
+    def _scaled(self, decoded: Tensor, rows: slice | Tensor | None = None) -> Tensor:
+        """Multiply what was decoded, the whole weight or some of its rows, by the scale."""
+        if self.scale is not None and decoded.numel():
+            scale = self.scale if rows is None else self.scale.rows(rows)
+            height = len(decoded) if rows is not None else self.shape[0] if self.shape else 1
+            scale.multiply(decoded.view(height, -1))
+        return decoded
