@@ -41,10 +41,8 @@ def pair_scales(tensors: Mapping[str, TensorInfo]) -> Scaled:
     """Tell a checkpoint's weights from their scales.
 
     >>> from pathlib import Path
-    >>> shapes = {"up.weight": (4, 8), "up.scale_weight": (), "up.scale_input": (), "up.bias": (4,)}
-    >>> found = pair_scales(
-    ...     {name: TensorInfo(name, "F32", shape, 0, 0, Path("x")) for name, shape in shapes.items()}
-    ... )
+    >>> names = ["up.weight", "up.scale_weight", "up.scale_input", "up.bias"]
+    >>> found = pair_scales({name: TensorInfo(name, "F32", (), 0, 4, Path("x")) for name in names})
     >>> [*found.tensors], {weight: scale.name for weight, scale in found.scales.items()}
     (['up.weight', 'up.bias'], {'up.weight': 'up.scale_weight'})
     """

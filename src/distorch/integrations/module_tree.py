@@ -128,7 +128,7 @@ def describe(module: nn.Module, stored: Mapping[str, Stored] | None = None) -> T
             del weights[key]
         else:
             weight.shape = tuple(weight.original.shape)
-            weight.form = _form(weight.original, stored and stored[weight.name])
+            weight.form = _form(weight.original, stored[weight.name] if stored else None)
     names = {key: weight.name for key, weight in weights.items()}
     root = _node("", module, names, weights, stored)
     return Tree(
