@@ -15,7 +15,7 @@ import distorch
 from distorch import vgpu
 from distorch.errors import AllocationError
 from tests.accelerator.make import MACHINE, chain, distributed, examples, same
-from tests.integrations.test_attach import CASES
+from tests.integrations.modules import CASES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

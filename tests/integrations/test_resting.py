@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -11,8 +14,12 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor, nn
 
 import distorch
+from distorch.errors import ModelError
 from distorch.integrations.attach import Handle
 from distorch.integrations.resting import RestingWeight
+from distorch.machine import Machine
+from tests.integrations.make import equal, values
+from tests.integrations.modules import Own
 
 ROWS, COLUMNS = 2 * 16384, 24
 
@@ -143,3 +150,73 @@ def test_no_lease_is_left_by_an_operation_that_fails(resting: Resting) -> None:
             F.linear(torch.randn(2, COLUMNS + 1), weight)
     x = torch.randn(2, COLUMNS)
     assert torch.equal(F.linear(x, weight), F.linear(x, dense))
+
+
+def test_the_usual_calls_on_a_distributed_module_work(machine: Machine) -> None:
+    module, x = nn.Sequential(Own(), nn.Linear(32, 16384)), torch.randn(2, 32)
+    with torch.inference_mode():
+        expected = module(x)
+    before = module.state_dict()
+    shapes = {name: (p.shape, p.dtype) for name, p in before.items()}
+    before = {name: p.clone() for name, p in before.items()}
+    handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
+    state = module.state_dict()
+    assert {name: (p.shape, p.dtype) for name, p in state.items()} == shapes
+    assert all(torch.equal(value + 0, before[name]) for name, value in state.items())
+    assert module.to("cpu").to(torch.float32).float().cpu().eval().train() is module
+    assert (
+        sum(p.numel() for p in module.parameters()) == sum(v.numel() for v in before.values()) - 32
+    )
+    assert all(isinstance(p, nn.Parameter) for p in module.parameters())
+    assert len(repr(module)) < 2000
+    module.zero_grad()
+    module.requires_grad_(requires_grad=False)
+    with torch.inference_mode():
+        assert equal(module(x), expected)
+    handle.remove()
+
+
+def test_a_weight_at_rest_is_not_changed_in_place_without_a_word(machine: Machine) -> None:
+    """``load_state_dict`` and initialisers write into weights: lost writes would be a trap."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16384))
+    other = {name: torch.ones_like(p) for name, p in module.state_dict().items()}
+    handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        module.load_state_dict(other)
+    with pytest.raises((RuntimeError, TypeError, ValueError)), torch.no_grad():
+        cast("nn.Linear", module[0]).weight.zero_()
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, pickle.dumps, lambda m: torch.save(m, io.BytesIO())],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_of_a_distributed_module_are_refused_with_the_way_out(
+    clone: Callable[[nn.Module], object], machine: Machine
+) -> None:
+    module, x = nn.Linear(8, 8), torch.randn(2, 8)
+    expected = module(x)
+    handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
+    with pytest.raises((ModelError, TypeError), match=r"remove\(\)"):
+        clone(module)
+    assert equal(module(x), expected)
+    handle.remove()
+    assert equal(copy.deepcopy(module)(x), expected)
+
+
+def test_a_state_dict_is_saved_or_refused_with_the_way_out(machine: Machine) -> None:
+    module = nn.Linear(8, 8)
+    before = values(module)
+    handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
+    file = io.BytesIO()
+    try:
+        torch.save(module.state_dict(), file)
+    except (ModelError, TypeError) as error:
+        assert "remove()" in str(error)  # noqa: PT017  either is right
+    else:
+        file.seek(0)
+        loaded = torch.load(file)
+        assert all(equal(loaded[name], value) for name, value in before.items())
+    handle.remove()

@@ -1,0 +1,24 @@
+"""What tests of distributed modules share."""
+
+from __future__ import annotations
+
+import pytest
+
+from distorch.machine import Machine, Tier
+
+
+@pytest.fixture
+def machine() -> Machine:
+    """A machine whose free memory no other process changes."""
+    tiers = (
+        Tier(name="cpu", capacity_bytes=1 << 36, free_bytes=1 << 36),
+        Tier(name="disk", capacity_bytes=1 << 40, free_bytes=1 << 40),
+    )
+    return Machine(name="test", tiers=tiers)
+
+
+@pytest.fixture
+def seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
