@@ -14,6 +14,7 @@ from distorch.formats import TensorInfo
 from distorch.integrations.module_tree import Stored
 from distorch.integrations.resting import TORCH_DTYPES
 from distorch.quant.block_formats import block_format
+from distorch.quant.scale import Scale
 from distorch.tiers.sources import Amend
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Built:
     model: PreTrainedModel
     infos: Mapping[str, TensorInfo]
     amend: Mapping[str, Amend] = field(default_factory=dict)
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def stored(self) -> dict[str, Stored]:
@@ -41,6 +44,7 @@ class Built:
                 shape=info.shape,
                 nbytes=info.nbytes,
                 whole=name in self.amend,
+                scale=self.scales.get(name),
             )
             for name, info in self.infos.items()
         }
@@ -108,7 +112,8 @@ def match(
                 hint="the configuration and the weights belong to different models",
             )
         if TORCH_DTYPES.get(infos[name].dtype) != parameter.dtype:
-            block_format(infos[name].dtype)  # raises now, rather than when the weight is used
+            # raises now, rather than when the weight is used
+            block_format(infos[name].dtype, f"{name} in {path}")
     return {name: infos[name] for name in wanted}
 
 
