@@ -24,7 +24,7 @@ LAYERS = """
     cli
     integrations
     draw
-    simulate probe
+    simulate probe convert
     run transfers
     tiers quant
     plan
@@ -37,6 +37,7 @@ LAYERS = """
 
 TORCH_ROOMS = (
     "distorch._probe_accelerators",
+    "distorch.convert.write",
     "distorch.integrations",
     "distorch.plan.profile",
     "distorch.probe",

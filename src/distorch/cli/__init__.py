@@ -1,4 +1,4 @@
-"""The command line: ``distorch run``, ``plan``, ``inspect``, ``bench``, ``probe``.
+"""The command line: ``distorch run``, ``plan``, ``inspect``, ``bench``, ``convert``, ``probe``.
 
 torch is imported by those that run, measure or profile, and only once what was asked has been read
 without a mistake.
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from distorch import __version__
-from distorch.cli import bench, inspect, plan, probe, run
+from distorch.cli import bench, convert, inspect, plan, probe, run
 from distorch.cli.endings import Command
 
 __all__ = ["main"]
@@ -27,6 +27,7 @@ Examples:
   distorch plan wan-14b --machine rtx4070-12gb --format fp8
   distorch plan model.gguf --virtual-vram 8 --donor disk
   distorch bench demo --sweep
+  distorch convert flux1-dev.safetensors flux1-dev-Q4_K.gguf --format Q4_K
   distorch probe
   distorch inspect model.gguf
 """
@@ -42,6 +43,7 @@ app.command("run", cls=Command, help=run.HELP)(run.run)
 app.command("plan", cls=Command, help=plan.HELP)(plan.plan)
 app.command("inspect", cls=Command, help=inspect.HELP)(inspect.inspect)
 app.command("bench", cls=Command, help=bench.HELP)(bench.bench)
+app.command("convert", cls=Command, help=convert.HELP)(convert.convert)
 app.command("probe", cls=Command, help=probe.HELP)(probe.probe)
 
 
