@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,10 @@ from distorch.errors import ModelError
 from distorch.integrations.bracket import Bracket, Place, mark_steps
 from distorch.integrations.companions import Companions
 from distorch.integrations.filling import Originals, Progress, fill, lost
+from distorch.integrations.lora import Lora, Loras
+from distorch.integrations.lora_source import LoraSource
 from distorch.integrations.memories import open_stores, pins_for
-from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe
+from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe, whole
 from distorch.integrations.planning import Planning
 from distorch.integrations.request import Request
 from distorch.integrations.resting import RestingWeight, Run
@@ -125,6 +128,8 @@ class Handle:
     ``plan`` is what was decided, ``stats()`` what has happened since. ``source`` is given for a
     model whose weights have never been in memory: a checkpoint's files, which the disk tier reads
     in place. ``opened_by`` opens a store for each tier of a plan: another may stand for a donor.
+    ``steps_of`` is the module whose passes are the steps, where that is another. ``loras`` are
+    those that were added, by name.
     """
 
     plan: Plan
@@ -135,6 +140,7 @@ class Handle:
         tree: Tree,
         source: Source | None = None,
         opened_by: Callable[[Plan, Pins, Collection[str]], dict[str, Store]] | None = None,
+        steps_of: nn.Module | None = None,
     ) -> None:
         self._module = module
         self._tree = tree
@@ -146,6 +152,9 @@ class Handle:
         self._resting: dict[str, RestingWeight] = {}
         self._companions = Companions()
         self._executor: Executor | None = None
+        self._machine: Machine | None = None
+        self._steps_of = module if steps_of is None else steps_of
+        self.loras = Loras(module, lambda: self.plan, self._rest)
 
     def stats(self) -> Stats:
         """Return the counters of the run so far.
@@ -182,6 +191,29 @@ class Handle:
         except BaseException:
             self.bind(before, machine, None)
             raise
+        self.loras.follow(machine)
+
+    def add_lora(
+        self,
+        source: LoraSource,
+        strength: float = 1.0,
+        *,
+        name: str | None = None,
+        allocation: str | Allocation | None = None,
+        strict: bool = False,
+    ) -> Lora:
+        """Add a LoRA (or DoRA, LoHa, LoKr) to what the module computes, beside its weights.
+
+        ``source`` is a safetensors file, a directory with one, or tensors by name. Its own weights
+        rest as the module's do, or by a line of their own. Names that no module has are warned
+        about; ``strict`` makes them an error.
+
+        Raises:
+            FormatError, ModelError: it is not a whole LoRA, or it is for another model.
+            AllocationError: its weights do not fit.
+        """
+        self._running()
+        return self.loras.add(source, strength, name=name, allocation=allocation, strict=strict)
 
     def remove(self) -> None:
         """Bring every weight into memory and make the module ordinary again.
@@ -192,11 +224,22 @@ class Handle:
         Raises:
             ExecutorError: some weights rest on a device that is gone; the others are back.
         """
+        self.loras.clear()
         try:
             self._take_off(restore=True)
         finally:
             if self._source is not None and self._executor is None:
                 self._source.close()
+
+    def discard(self) -> None:
+        """Let go of the weights too, wherever they rest: nobody will use the module again.
+
+        What forgets a module that is distributed waits for Python's collector; this does not.
+        """
+        self.loras.clear()
+        self._take_off(restore=False)
+        if self._source is not None:
+            self._source.close()
 
     def bind(self, request: Request, machine: Machine | None, progress: Progress | None) -> None:
         """Plan, fill the tiers, and put the hooks on."""
@@ -221,6 +264,7 @@ class Handle:
             executor.close()
             raise
         self.plan, self._executor, self._request = plan, executor, request
+        self._machine = machine
         self._hooks = self._put_on(executor, kept)
         try:
             self._companions.move(self._module, executor.device)
@@ -236,6 +280,14 @@ class Handle:
             "a distributed module cannot be copied or saved as it is",
             hint="distorch.handle_of(model).remove() first",
         )
+
+    def _rest(self, adapters: nn.Module, allocation: str | Allocation) -> Handle:
+        """Distribute a LoRA's own weights, for passes of this module."""
+        tree = describe(adapters)
+        tree = replace(tree, root=whole(tree.root))  # thin matrices: runs of rows may differ
+        handle = Handle(adapters, tree, steps_of=self._module)
+        handle.bind(Request(allocation=allocation), self._machine, None)
+        return handle
 
     def _running(self) -> Executor:
         if self._executor is None:
@@ -289,7 +341,7 @@ class Handle:
         hooks = [hook for bracket, module in brackets for hook in bracket.attach(module)]
         if not plan.streamed_order:
             return hooks
-        return hooks + mark_steps(self._module, executor, self._brackets)
+        return hooks + mark_steps(self._steps_of, executor, self._brackets)
 
     def _take_off(self, *, restore: bool) -> None:
         executor = self._running()
