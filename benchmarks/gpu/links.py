@@ -18,8 +18,8 @@ from distorch.tiers.file_reader import FileReader, drop_from_cache
 from distorch.tiers.memory import allocate_pages, view_bytes
 from distorch.tiers.pinned import Pins
 from gpu.arena import Arena, first_line
+from gpu.cases import Clock, Speeds
 from gpu.device import Device, Figures
-from gpu.measure import Clock, Speeds
 
 _MIB = 1 << 20
 _WRITE_BYTES = 8 * _MIB

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,70 +11,14 @@ from torch import Tensor
 
 from distorch.errors import AllocationError
 from gpu.arena import Arena, first_line
-from gpu.contenders import Contender, Job, Running, resident
+from gpu.cases import Case, Clock, Entry, Speeds
+from gpu.contenders import Job, Running, resident
 from gpu.device import Device, Figures
 from gpu.model import Model
-from gpu.shapes import Shape
 
 _FEWEST_PASSES = 3
 _ROOMIER = 0.9  # what is tried where a device was full
 _TRIES = 3
-
-
-class Clock:
-    """How much of the time that was given is left; every line that is printed says what went by."""
-
-    def __init__(self, minutes: float) -> None:
-        self.began = time.perf_counter()
-        self._end = self.began + 60 * minutes
-
-    @property
-    def passed(self) -> float:
-        """Seconds since the beginning."""
-        return time.perf_counter() - self.began
-
-    @property
-    def left(self) -> float:
-        """Seconds until the end; never less than nothing."""
-        return max(0.0, self._end - time.perf_counter())
-
-    def say(self, text: str) -> None:
-        """Print a line at once."""
-        print(f"[{self.passed:6.1f} s] {text}", flush=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speeds:
-    """What the links carry, in bytes per second, as measured in this run; 0: not known."""
-
-    link: float = 0.0
-    disk: float = 0.0
-    disk_write: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A contender of a case; with a cap of its own, or what else a table should say of it."""
-
-    name: str
-    run: Contender
-    cap_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A model and who runs it.
-
-    ``cap_bytes`` is all of the device that torch may have; where it is 0, that is what passes need
-    and ``room_share`` of the model.
-    """
-
-    label: str
-    shape: Shape
-    form: str = "BF16"
-    entries: Sequence[Entry]
-    cap_bytes: int = 0
-    room_share: float = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,12 +70,8 @@ def run_case(bench: Bench, case: Case, seconds: float) -> Figures:
     reference, rows["resident"] = _reference(bench, model, inputs, until)
     activation_bytes = reference.activation_bytes if reference else 0
     found["activation_bytes"] = activation_bytes
-    own_cap = case.cap_bytes or round(
-        bench.device.allocated_bytes
-        + activation_bytes
-        + bench.margin_bytes
-        + case.room_share * model.nbytes
-    )
+    usual_bytes = bench.device.allocated_bytes + activation_bytes + bench.margin_bytes
+    own_cap = case.cap_bytes or round(usual_bytes + case.room_share * model.nbytes)
     found["cap_bytes"] = own_cap
     for number, entry in enumerate(case.entries):
         left = until - time.perf_counter()

@@ -16,9 +16,10 @@ import torch
 from distorch.integrations import planning
 from distorch.plan.blocks import cut
 from gpu.arena import Arena, first_line
+from gpu.cases import Clock
 from gpu.device import Device, Figures, find, hardware, host_memory
 from gpu.links import measure_links
-from gpu.measure import Bench, Clock, run_case
+from gpu.measure import Bench, run_case
 from gpu.report import markdown, result_path, show, write_json
 from gpu.workloads import WORKLOADS, Scale, full, tiny
 

@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from gpu import shapes
-from gpu.contenders import Job, Running, copy_at_use, one_ahead, ours, ours_as_shipped
+from gpu.cases import Case, Entry, Speeds
+from gpu.contenders import Job, Running
 from gpu.links import TINY, Sizes
-from gpu.measure import Case, Entry, Speeds
+from gpu.ours import ours, ours_as_shipped
 from gpu.peers import installed
+from gpu.plain import copy_at_use, one_ahead
 from gpu.shapes import Shape
 
 _GB = 10**9
