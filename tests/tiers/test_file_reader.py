@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import mmap
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,69 +19,14 @@ from hypothesis import strategies as st
 from distorch.errors import StorageError
 from distorch.tiers.file_reader import FileReader, drop_from_cache
 from tests.plan_strategies import KIB, MIB
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+from tests.tiers.make import WAYS, num_cached, open_reader, read_segments
 
 FILE_BYTES = 600 * KIB + 123  # more than one page, and an end that is no page's
 LARGE_BYTES = 20 * MIB + 77
 PAGE = mmap.PAGESIZE
-DONTCACHE = 0x80
 CONTENT = random.Random(0).randbytes(FILE_BYTES)  # noqa: S311  weights, not secrets
 FDS = Path("/proc/self/fd")
 needs_fds = pytest.mark.skipif(not FDS.exists(), reason="no /proc/self/fd to count handles in")
-
-REFUSALS = {
-    "as it comes": (),
-    "flag unknown to the kernel": ("EOPNOTSUPP",),
-    "flag invalid": ("EINVAL",),
-    "flag unknown to python": ("NotImplementedError",),
-    "no direct handle": ("EOPNOTSUPP", "no O_DIRECT"),
-    "direct reads invalid": ("EOPNOTSUPP", "EINVAL from O_DIRECT"),
-    "no preadv": ("no preadv",),
-}
-WAYS = [*REFUSALS, "direct", "read and drop", "plain"]
-
-
-def _refusing(refused: Sequence[str], direct: Callable[[], int]) -> Callable[..., int]:
-    """Return an os.preadv as a system has it that lacks what is refused."""
-    preadv = os.preadv
-
-    def read(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if flags & DONTCACHE:
-            if "NotImplementedError" in refused:
-                raise NotImplementedError("preadv2: flags unavailable on this platform")
-            for name in ("EOPNOTSUPP", "EINVAL"):
-                if name in refused:
-                    raise OSError(getattr(errno, name), "refused")
-        if fd == direct() and "EINVAL from O_DIRECT" in refused:
-            raise OSError(errno.EINVAL, "refused")
-        return preadv(fd, buffers, offset, flags)
-
-    return read
-
-
-@contextmanager
-def _reader(path: Path, way: str) -> Iterator[FileReader]:
-    """Open a reader on a system that lacks something, or that is told which way to take."""
-    refused = REFUSALS.get(way, ())
-    with pytest.MonkeyPatch.context() as patch:
-        if "no preadv" in refused:
-            patch.delattr(os, "preadv")
-        elif refused:
-            patch.setattr(os, "preadv", _refusing(refused, lambda: reader._direct_fd))
-        if "no O_DIRECT" in refused:
-            patch.delattr(os, "O_DIRECT", raising=False)
-        with closing(FileReader(path)) as reader:
-            if way == "direct":
-                if reader._direct_fd < 0:
-                    pytest.skip("this file system has no O_DIRECT")
-                reader._is_direct = True
-            elif way == "read and drop":
-                reader._is_direct = False
-            elif way == "plain":
-                patch.setattr(reader, "_read_past_cache", reader._read_plain)
-            yield reader
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +54,6 @@ def segment_lists(draw: st.DrawFn) -> list[tuple[int, int]]:
     return draw(st.permutations(segments))
 
 
-def _read(reader: FileReader, wanted: Sequence[tuple[int, int]]) -> list[bytes]:
-    outs = [bytearray(size) for _, size in wanted]
-    reader.read([(at, memoryview(out)) for (at, _), out in zip(wanted, outs, strict=True)])
-    return [bytes(out) for out in outs]
-
-
 @pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=25, deadline=None)
@@ -126,10 +64,10 @@ def test_segments_are_slices_of_the_file(
     wanted: list[tuple[int, int]],
     path: Path,
 ) -> None:
-    with _reader(path, way) as reader:
+    with open_reader(path, way) as reader:
         if cold:
             drop_from_cache(path)
-        assert _read(reader, wanted) == [CONTENT[at : at + size] for at, size in wanted]
+        assert read_segments(reader, wanted) == [CONTENT[at : at + size] for at, size in wanted]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -138,8 +76,8 @@ def test_more_neighbours_than_one_call_may_take_are_slices_too(
 ) -> None:
     wanted = [(3 + number * 40, 33) for number in range(2500)]
     drop_from_cache(path)
-    with _reader(path, way) as reader:
-        assert _read(reader, wanted) == [content[at : at + size] for at, size in wanted]
+    with open_reader(path, way) as reader:
+        assert read_segments(reader, wanted) == [content[at : at + size] for at, size in wanted]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -148,8 +86,8 @@ def test_a_run_that_ends_with_the_file_is_read_to_its_last_byte(
 ) -> None:
     wanted = [(FILE_BYTES - 5000, 5000), (FILE_BYTES - 1, 1), (FILE_BYTES, 0)]
     drop_from_cache(path)
-    with _reader(path, way) as reader:
-        assert _read(reader, wanted) == [content[-5000:], content[-1:], b""]
+    with open_reader(path, way) as reader:
+        assert read_segments(reader, wanted) == [content[-5000:], content[-1:], b""]
 
 
 @pytest.mark.parametrize("way", ["as it comes", "direct", "read and drop", "no preadv"])
@@ -157,7 +95,7 @@ def test_more_than_one_call_reads_is_read_by_several(way: str, large: Path) -> N
     expected = large.read_bytes()
     drop_from_cache(large)
     out = bytearray(LARGE_BYTES - 1)
-    with _reader(large, way) as reader:
+    with open_reader(large, way) as reader:
         reader.read([(1, memoryview(out)[: 9 * MIB]), (9 * MIB + 1, memoryview(out)[9 * MIB :])])
     assert out == expected[1:]
 
@@ -193,8 +131,8 @@ def test_a_call_that_reads_less_than_asked_is_carried_on(
     monkeypatch.setattr(os, "preadv", less)
     size = 300 if most == 1 else 200_000
     wanted = [(100, size), (100 + size + 7, 50)]
-    with _reader(path, way) as reader:
-        assert _read(reader, wanted) == [content[at : at + size] for at, size in wanted]
+    with open_reader(path, way) as reader:
+        assert read_segments(reader, wanted) == [content[at : at + size] for at, size in wanted]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -204,11 +142,11 @@ def test_many_threads_read_at_once(way: str, path: Path, content: bytes) -> None
         at, size = rng.randrange(FILE_BYTES // 2), rng.randrange(200_000)
         out = bytearray(64)
         reader.read_small(at, memoryview(out))
-        found = _read(reader, [(at, size), (at + size + 9, 20)])
+        found = read_segments(reader, [(at, size), (at + size + 9, 20)])
         expected = [content[at : at + size], content[at + size + 9 :][:20]]
         return out == content[at : at + 64] and found == expected
 
-    with _reader(path, way) as reader, ThreadPoolExecutor(8) as pool:
+    with open_reader(path, way) as reader, ThreadPoolExecutor(8) as pool:
         assert all(pool.map(one, range(100)))
 
 
@@ -216,15 +154,15 @@ def test_many_threads_read_at_once(way: str, path: Path, content: bytes) -> None
 def test_a_file_that_became_shorter_is_a_storage_error(way: str, tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(50_000))
-    with _reader(path, way) as reader:
+    with open_reader(path, way) as reader:
         os.truncate(path, 20_001)
         for at, size in [(0, 50_000), (20_001, 1), (30_000, 10), (4096, 20_000)]:
             with pytest.raises(StorageError, match=r"ends at (20001|30000)") as caught:
-                _read(reader, [(at, size)])
+                read_segments(reader, [(at, size)])
             assert "weights" in str(caught.value)
         with pytest.raises(StorageError, match="ends at"):
             reader.read_small(20_000, memoryview(bytearray(2)))
-        assert _read(reader, [(20_000, 1)]) == [b"\0"]
+        assert read_segments(reader, [(20_000, 1)]) == [b"\0"]
 
 
 def test_a_file_whose_name_is_removed_is_still_read(tmp_path: Path) -> None:
@@ -232,7 +170,7 @@ def test_a_file_whose_name_is_removed_is_still_read(tmp_path: Path) -> None:
     path.write_bytes(b"abcd")
     with closing(FileReader(path)) as reader:
         path.unlink()
-        assert _read(reader, [(1, 2)]) == [b"bc"]
+        assert read_segments(reader, [(1, 2)]) == [b"bc"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -240,10 +178,10 @@ def test_a_disk_that_fails_is_a_storage_error(way: str, path: Path) -> None:
     def fail(*_args: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with _reader(path, way) as reader, pytest.MonkeyPatch.context() as patch:
+    with open_reader(path, way) as reader, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "read" if way == "no preadv" else "preadv", fail)
         with pytest.raises(StorageError, match=r"cannot be read: Input/output error") as caught:
-            _read(reader, [(0, 100)])
+            read_segments(reader, [(0, 100)])
         assert isinstance(caught.value.__cause__, OSError)
 
 
@@ -286,7 +224,7 @@ def test_close_gives_every_handle_back(path: Path) -> None:
     reader.close()
     assert len(list(FDS.iterdir())) == before
     with pytest.raises(StorageError):
-        _read(reader, [(0, 1)])
+        read_segments(reader, [(0, 1)])
 
 
 @needs_fds
@@ -305,47 +243,22 @@ def test_the_shards_of_a_model_share_the_buffer_of_a_thread(path: Path) -> None:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmSize")) * KIB
 
-    with _reader(path, "direct") as first:
-        _read(first, [(0, 10)])
+    with open_reader(path, "direct") as first:
+        read_segments(first, [(0, 10)])
         before, kept = num_mapped(), []
         for _ in range(8):  # a reader for each of eight shards
-            with _reader(path, "direct") as shard:
+            with open_reader(path, "direct") as shard:
                 drop_from_cache(path)
-                _read(shard, [(0, 10)])
+                read_segments(shard, [(0, 10)])
                 kept.append(shard)
         assert num_mapped() - before < 8 * MIB
-
-
-class _Range(ctypes.Structure):
-    _fields_ = (("offset", ctypes.c_uint64), ("nbytes", ctypes.c_uint64))
-
-
-class _CacheStat(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")
-    )
-
-
-def _num_cached(path: Path, offset: int = 0, nbytes: int = 0) -> int:
-    """Count the pages of a file that are in the page cache (cachestat, Linux 6.5)."""
-    if not hasattr(os, "posix_fadvise"):
-        pytest.skip("no page cache that can be asked")
-    fd, found = os.open(path, os.O_RDONLY), _CacheStat()
-    asked = _Range(offset, nbytes)
-    libc = ctypes.CDLL(None, use_errno=True)
-    failed = libc.syscall(451, fd, ctypes.byref(asked), ctypes.byref(found), 0)
-    os.close(fd)
-    if failed:
-        pytest.skip(f"no cachestat: {os.strerror(ctypes.get_errno())}")
-    return int(found.cached)
 
 
 @pytest.fixture
 def cold(large: Path) -> Path:
     """Return the large file, with nothing of it in the page cache."""
     drop_from_cache(large)
-    if _num_cached(large):
+    if num_cached(large):
         pytest.skip("this file system keeps all of a file in the page cache")
     return large
 
@@ -356,11 +269,11 @@ FILLING = 1024  # pages of the 5,140 that may stay: edges, and what the kernel r
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in {"plain", "no preadv"}])
 def test_reading_leaves_the_page_cache_as_empty_as_it_was(way: str, cold: Path) -> None:
     out = memoryview(bytearray(LARGE_BYTES))
-    with _reader(cold, way) as reader:
+    with open_reader(cold, way) as reader:
         reader.read([(at, out[at : at + MIB]) for at in range(0, 16 * MIB, MIB)])
         for at in range(16 * MIB, 20 * MIB, 100_001):
             reader.read([(at, out[at : at + 100_001])])
-    assert _num_cached(cold) <= FILLING
+    assert num_cached(cold) <= FILLING
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in {"plain", "no preadv"}])
@@ -368,17 +281,17 @@ def test_one_cached_page_does_not_bring_the_block_behind_it(way: str, cold: Path
     with closing(FileReader(cold)) as rows:  # a row of an embedding was looked up
         rows.read_small(MIB, memoryview(bytearray(100)))
     out = memoryview(bytearray(8 * MIB))
-    with _reader(cold, way) as reader:
+    with open_reader(cold, way) as reader:
         for _ in range(2):
             reader.read([(MIB, out)])
-    assert _num_cached(cold) <= FILLING
+    assert num_cached(cold) <= FILLING
 
 
 def test_a_row_brings_its_own_pages_and_no_more(cold: Path) -> None:
     with closing(FileReader(cold)) as reader:
         for number in range(20):
             reader.read_small(number * MIB + 4000, memoryview(bytearray(300)))
-    assert _num_cached(cold) <= FILLING
+    assert num_cached(cold) <= FILLING
 
 
 def _noting(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -400,20 +313,20 @@ def test_what_is_in_the_page_cache_is_served_from_there(
     way: str, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = large.read_bytes()
-    if _num_cached(large) < LARGE_BYTES // PAGE:
+    if num_cached(large) < LARGE_BYTES // PAGE:
         pytest.skip("the page cache does not keep a file that was just read")
     out = bytearray(LARGE_BYTES)
-    with _reader(large, way) as reader:
+    with open_reader(large, way) as reader:
         direct_reads = _noting(reader, monkeypatch)
         reader.read([(0, memoryview(out))])
     assert out == expected
     assert not direct_reads
-    assert _num_cached(large) >= LARGE_BYTES // PAGE
+    assert num_cached(large) >= LARGE_BYTES // PAGE
 
 
 def test_a_gap_in_what_is_cached_is_filled(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = large.read_bytes()
-    with _reader(large, "as it comes") as reader:
+    with open_reader(large, "as it comes") as reader:
         if not reader.cache.has(0, 8 * MIB):
             pytest.skip("this system does not tell what it caches")
         direct_reads = _noting(reader, monkeypatch)
@@ -422,6 +335,6 @@ def test_a_gap_in_what_is_cached_is_filled(large: Path, monkeypatch: pytest.Monk
         if reader.cache.has(0, 8 * MIB) or not reader.cache.has_most(0, 8 * MIB):
             pytest.skip("no gap can be made in what this system caches")
         for _ in range(2):
-            assert _read(reader, [(100, 8 * MIB)]) == [expected[100 : 100 + 8 * MIB]]
+            assert read_segments(reader, [(100, 8 * MIB)]) == [expected[100 : 100 + 8 * MIB]]
             assert reader.cache.has(0, 8 * MIB)  # from now on it can be used in place
     assert not direct_reads
