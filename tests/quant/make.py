@@ -21,7 +21,11 @@ HALVES_AT = {  # the float16 scales of each block; IQ1_M's is in pieces
 }  # fmt: skip
 NO_HALVES = {"IQ1_M", "MXFP4", "NVFP4"}
 DENSE = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-GGML = sorted(name for name in BLOCK_FORMATS if name in gguf.GGMLQuantizationType.__members__)
+GGML = sorted(
+    name
+    for name in BLOCK_FORMATS
+    if name in gguf.GGMLQuantizationType.__members__ and name != "I8"  # no weights by themselves
+)
 ORACLE = [name for name in GGML if name != "F64"]  # which gguf.quants does not decode
 PACKED = [name for name in ORACLE if name not in DENSE]
 
@@ -41,7 +45,7 @@ def sound_blocks(name: str, num_blocks: int, seed: int = 0) -> Bytes:
     if name in {"MXFP4", "NVFP4"}:
         blocks[:, : 1 if name == "MXFP4" else 4] &= 0x77
         return blocks
-    return blocks if name in DENSE else with_halves(name, blocks, small.view(np.uint16))
+    return blocks if name in DENSE | {"I8"} else with_halves(name, blocks, small.view(np.uint16))
 
 
 def with_halves(name: str, blocks: Bytes, bits: Bytes | int) -> Bytes:

@@ -13,6 +13,7 @@ from math import prod
 from typing import Final
 
 from distorch.formats import TensorInfo
+from distorch.formats.scales import pair_scales
 from distorch.plan.blocks import Block, Node, TensorSpec
 from distorch.plan.cost import Profile
 
@@ -46,6 +47,7 @@ def tree_from_names(tensors: Mapping[str, TensorInfo]) -> Node:
 
     Dots part modules. A module whose children are all numbered is a list of layers, which has no
     forward of its own. An embedding without an output head in the file is the head as well.
+    Scales are no weights of their own.
 
     >>> from pathlib import Path
     >>> names = ["output_norm.weight", "blk.10.ffn_up.weight", "blk.9.ffn_up.weight"]
@@ -56,16 +58,16 @@ def tree_from_names(tensors: Mapping[str, TensorInfo]) -> Node:
     """
     tied = not any(path[-2:-1] and path[-2] in _HEADS for path in map(_path, tensors))
     root = _Branch()
-    for info in tensors.values():
-        if info.name in _COMPUTED:
+    for tensor, info in pair_scales(tensors).tensors.items():
+        if tensor in _COMPUTED:
             continue
-        *modules, leaf = _path(info.name)
+        *modules, leaf = _path(tensor)
         branch = root
         for name in modules:
             branch = branch.children.setdefault(name, _Branch())
         embedding = leaf == "weight" and bool(modules) and modules[-1] in _EMBEDDINGS
         spec = TensorSpec(
-            name=info.name,
+            name=tensor,
             dtype=info.dtype,
             shape=info.shape,
             nbytes=info.nbytes,

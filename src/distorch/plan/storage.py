@@ -6,18 +6,20 @@ without their mixtures (``Q4_K_M`` stores some matrices as Q6_K).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
 from typing import Final
 
 from distorch.errors import ModelError
-from distorch.formats.dtypes import DTYPES, GGML_DTYPES, DType
+from distorch.formats.dtypes import DTYPES, GGML_DTYPES, DType, TensorInfo
 from distorch.plan.blocks import Node, TensorSpec
 
-__all__ = ["FORMATS", "Format", "format_named", "stored_as"]
+__all__ = ["FORMATS", "Format", "converted", "format_named", "stored_as"]
 
 _SMALL_ELEMENTS: Final = 1024  # what is not larger is not worth packing (ComfyUI-GGUF's threshold)
+_OF_WEIGHTS: Final = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"}
 _MATRIX_DIMS: Final = (2, 3)  # more than one of each: a dimension of one is none to ggml
 
 
@@ -52,7 +54,8 @@ class Format:
 def _formats() -> dict[str, Format]:
     dense = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
     found = {key: Format(key, DTYPES[name], DTYPES[name], name) for key, name in dense.items()}
-    found["fp8"] = Format("fp8", DTYPES["F8_E4M3"], DTYPES["BF16"], "BF16")
+    for key, name in {"fp8": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}.items():
+        found[key] = Format(key, DTYPES[name], DTYPES["BF16"], "BF16")
     for dtype in GGML_DTYPES.values():
         if dtype.block_elements > 1:
             found[dtype.name] = Format(dtype.name, dtype, DTYPES["F32"], "BF16")
@@ -60,7 +63,16 @@ def _formats() -> dict[str, Format]:
 
 
 FORMATS: Final = _formats()
-"""Every format by name: ``bf16``, ``f16``, ``f32``, ``fp8``, and GGUF's block formats."""
+"""Every format by name: ``bf16``, ``f16``, ``f32``, ``fp8``, ``fp8_e5m2``, and GGUF's."""
+
+_ALIASES: Final = {
+    "fp8_e4m3fn": "fp8",
+    "fp16": "f16",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "fp32": "f32",
+    "float32": "f32",
+}
 
 
 def format_named(text: str) -> Format:
@@ -73,6 +85,7 @@ def format_named(text: str) -> Format:
     144
     """
     by_lower = {name.lower(): found for name, found in FORMATS.items()}
+    by_lower |= {alias: FORMATS[name] for alias, name in _ALIASES.items()}
     if found := by_lower.get(text.lower()):
         return found
     close = get_close_matches(text.lower(), by_lower, n=1, cutoff=0)
@@ -101,3 +114,28 @@ def stored_as(root: Node, form: Format) -> Node:
 def _stored(spec: TensorSpec, form: Format) -> TensorSpec:
     dtype = form.dtype(spec.shape)
     return replace(spec, dtype=dtype.name, nbytes=dtype.nbytes(spec.shape), whole=False)
+
+
+def converted(tensors: Mapping[str, TensorInfo], form: Format) -> dict[str, TensorInfo]:
+    """Return the tensors of a checkpoint as they are once the weights are brought into a format.
+
+    Those that the format's own dtype is for, large matrices of whole blocks, are stored in it; all
+    others stay as they are.
+
+    >>> from pathlib import Path
+    >>> info = TensorInfo("w", "BF16", (64, 64), 0, 8192, Path("tiny.safetensors"))
+    >>> converted({"w": info}, format_named("Q8_0"))["w"].nbytes
+    4352
+    """
+    return {
+        name: replace(info, dtype=form.matrix.name, nbytes=form.matrix.nbytes(info.shape))
+        if _is_converted(info, form)
+        else info
+        for name, info in tensors.items()
+    }
+
+
+def _is_converted(info: TensorInfo, form: Format) -> bool:
+    matrix = len(info.shape) in _MATRIX_DIMS and min(info.shape) > 1
+    weights = info.dtype in _OF_WEIGHTS or DTYPES[info.dtype].block_elements > 1
+    return matrix and weights and form.dtype(info.shape) == form.matrix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from distorch.allocation import Allocation
@@ -62,7 +63,9 @@ def load(
         ring=ring,
     )
     try:
-        handle = Handle(built.model, describe(built.model, built.stored), source)
+        tree = describe(built.model, built.stored)
+        tree = replace(tree, notes=built.notes + tree.notes)
+        handle = Handle(built.model, tree, source)
         handle.bind(request, machine, progress)
     except BaseException:
         source.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from distorch.errors import ModelError
-from distorch.formats import Checkpoint, TensorInfo
+from distorch.formats import Checkpoint
+from distorch.formats.scales import Scaled, pair_scales
+from distorch.integrations.huggingface.scales import read_scales
 from distorch.integrations.huggingface.skeleton import Built, build_empty, match
 from distorch.integrations.resting import TORCH_DTYPES
 
@@ -37,16 +39,48 @@ def build(checkpoint: Checkpoint) -> Built:
             f"transformers cannot read {folder / 'config.json'}: {error}",
             hint="a model that the installed transformers knows; code in a directory is not run",
         ) from error
+    tile = _forget_quantization(config)
     model = build_empty(_model_class(config), config, _dtype(config, checkpoint))
     if (folder / "generation_config.json").is_file():
         model.generation_config = _generation_config(folder)
-    infos = _renamed(model, checkpoint)
+    scaled = pair_scales(checkpoint)
+    names = _names(model, scaled.tensors)
+    infos = {names[name]: info for name, info in scaled.tensors.items()}
+    found = read_scales(checkpoint, scaled, tile)
+    scales = {names[name]: scale for name, scale in found.items()}
     buffers = dict(model.named_buffers())
     for name in buffers.keys() & infos.keys():
         value = torch.frombuffer(bytearray(checkpoint.view(infos[name].name)), dtype=torch.uint8)
         buffers[name].copy_(value.view(TORCH_DTYPES[infos[name].dtype]).view(buffers[name].shape))
     ignored = [*buffers, *_tied(model)]
-    return Built(model=model, infos=match(model, infos, checkpoint.path, ignored=ignored))
+    return Built(
+        model=model,
+        infos=match(model, infos, checkpoint.path, ignored=ignored, scaled=scales),
+        scales=scales,
+        notes=_notes(scaled),
+    )
+
+
+def _forget_quantization(config: PretrainedConfig) -> tuple[int, int] | None:
+    """Return how many rows and columns one scale is for, if the configuration says so.
+
+    The model is built of plain layers, whatever else it says: their weights answer for themselves.
+    """
+    said = config.__dict__.pop("quantization_config", None)
+    tile = said.get("weight_block_size") if isinstance(said, dict) else None
+    if not isinstance(tile, list) or len(tile) != 2:  # noqa: PLR2004  rows and columns
+        return None
+    rows, columns = tile
+    known = all(type(size) is int and size > 0 for size in tile)
+    return (rows, columns) if known else None
+
+
+def _notes(scaled: Scaled) -> tuple[str, ...]:
+    unused = [name for name in scaled.unused if not name.endswith("scaled_fp8")]
+    if not unused:
+        return ()
+    more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+    return (f"{unused[0]}{more} is not used: activations are not rounded",)
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
@@ -86,14 +120,14 @@ def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     return stored if stored.is_floating_point and stored.itemsize > 1 else torch.float32
 
 
-def _renamed(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """Tensors by the model's names: a base model's checkpoint lacks the prefix, or has it."""
+def _names(model: transformers.PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """The model's names of tensors: a base model's checkpoint lacks the prefix, or has it."""
     names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     prefix = f"{model.base_model_prefix}."
     renamed = {}
-    for name, info in checkpoint.items():
+    for name in tensors:
         tries = (name, prefix + name, name.removeprefix(prefix))
-        renamed[next((t for t in tries if t in names), name)] = info
+        renamed[name] = next((t for t in tries if t in names), name)
     return renamed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -88,12 +88,18 @@ def build_empty(
 
 
 def match(
-    model: nn.Module, infos: Mapping[str, TensorInfo], path: object, *, ignored: Iterable[str] = ()
+    model: nn.Module,
+    infos: Mapping[str, TensorInfo],
+    path: object,
+    *,
+    ignored: Iterable[str] = (),
+    scaled: Container[str] = (),
 ) -> dict[str, TensorInfo]:
     """Return the place of every weight of ``model``, whose shapes must agree.
 
     Raises:
-        ModelError: a weight is missing, has another shape, or nobody wants one that is there.
+        ModelError: a weight is missing, has another shape, or nobody wants one that is there; or
+            one is stored as integers and is not among the ``scaled``.
     """
     wanted = dict(model.named_parameters())
     missing = [name for name in wanted if name not in infos]
@@ -110,6 +116,11 @@ def match(
                 f"{name} has shape {list(infos[name].shape)} in {path}, "
                 f"{list(parameter.shape)} in {type(model).__name__}",
                 hint="the configuration and the weights belong to different models",
+            )
+        if infos[name].dtype == "I8" and name not in scaled:
+            raise ModelError(
+                f"{name} in {path} is stored as I8, and no tensor is its scale",
+                hint="a file of int8 weights with their scales",
             )
         if TORCH_DTYPES.get(infos[name].dtype) != parameter.dtype:
             # raises now, rather than when the weight is used

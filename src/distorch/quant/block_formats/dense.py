@@ -68,3 +68,13 @@ class F8_E5M2(BlockFormat):  # noqa: N801  the format's own name
     @staticmethod
     def decode(blocks: Tensor) -> Tensor:
         return blocks.view(torch.float8_e5m2).float()
+
+
+class I8(BlockFormat):
+    """A signed byte: a number that a scale makes a weight of."""
+
+    elements, nbytes = 1, 1
+
+    @staticmethod
+    def decode(blocks: Tensor) -> Tensor:
+        return blocks.view(torch.int8).float()
