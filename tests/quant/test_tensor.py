@@ -22,7 +22,10 @@ from distorch.quant.tensor import QuantTensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-FORMATS = ["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_K", "Q6_K"]
+FORMATS = [
+    *("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ2_XXS", "IQ4_XS", "TQ2_0"),
+]
 NUM_ROWS, NUM_COLUMNS = 2048 + 512, 512  # several tiles of 2-4 MiB
 
 
@@ -36,7 +39,8 @@ def make(
     rng = np.random.default_rng(rows + columns)
     weights = rng.normal(0, 0.05, (rows, columns)).astype(np.float32)
     kind = gguf.GGMLQuantizationType[form]
-    quantise = libgguf.quantize_rows if form.endswith("K") else gguf.quants.quantize
+    by_libgguf = form.endswith("K") or form.startswith("IQ")
+    quantise = libgguf.quantize_rows if by_libgguf else gguf.quants.quantize
     packed = np.ascontiguousarray(quantise(weights, kind)).view(np.uint8)
     raw = torch.empty(packed.size, dtype=torch.uint8)  # torch's memory: 64-byte aligned
     raw.copy_(torch.from_numpy(packed.reshape(-1)))
@@ -98,7 +102,7 @@ def test_one_token_gives_the_dense_bits_for_any_shape_and_number_of_threads(
             assert torch.equal(F.linear(x, weight), F.linear(x, dense))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_linear_in_half_precision_gives_the_dense_bits(dtype: torch.dtype, num_tokens: int) -> None:
     weight, dense = make("Q6_K", dtype=dtype)
@@ -309,10 +313,11 @@ def test_pickling_says_what_to_do_first() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_a_graph_whose_weight_was_decoded_over_raises(num_tokens: int) -> None:
-    weight, _ = make()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_whose_weight_was_decoded_over_raises(num_tokens: int, dtype: torch.dtype) -> None:
+    weight, _ = make(dtype=dtype)
     other, _ = make("Q8_0", 64, 512)
-    x = torch.randn(num_tokens, NUM_COLUMNS, requires_grad=True)
+    x = torch.randn(num_tokens, NUM_COLUMNS).to(dtype).requires_grad_()
     y = F.linear(x, weight).sum()
     F.linear(torch.randn(2, 512), other)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

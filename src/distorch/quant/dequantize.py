@@ -15,11 +15,12 @@ from torch import Tensor
 from distorch.quant.block_formats import BLOCK_FORMATS, BlockFormat
 from distorch.quant.native import Kernel, kernel
 
-__all__ = ["dequantize", "scratch"]
+__all__ = ["decoder_of", "dequantize", "scratch"]
 
-_TILE_BLOCKS = 32768  # torch decodes through temporaries: small ones stay in the cache
-_DEVICE_TILE_BLOCKS = 1 << 17  # on a device, launches cost more than temporaries
+_TILE_ELEMENTS = 1 << 20  # torch decodes through temporaries: small ones stay in the cache
+_DEVICE_TILE_ELEMENTS = 1 << 25  # on a device, launches cost more than temporaries
 _PROBE_BLOCKS = 256
+_PROBE_ELEMENTS = 1 << 13
 
 
 class _Scratch(threading.local):
@@ -29,21 +30,25 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def scratch(num_elements: int) -> Tensor:
-    """Return this thread's float32 scratch of ``num_elements``; the next call hands it out again.
+def scratch(num_elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return this thread's scratch for ``num_elements``; the next call hands it out again.
 
     A graph that saved the previous contents for backward will refuse to run, not use wrong bytes.
     """
+    num_bytes = num_elements * dtype.itemsize
     buffer = _scratch.buffer
-    if buffer is None or buffer.numel() < num_elements:
+    if buffer is None or buffer.numel() < num_bytes:
         with torch.inference_mode(mode=False):
-            buffer = _scratch.buffer = torch.empty(num_elements, dtype=torch.float32, device="cpu")
+            buffer = _scratch.buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     torch.autograd.graph.increment_version(buffer)
-    return buffer[:num_elements]
+    return buffer[:num_bytes].view(dtype)
 
 
 def dequantize(packed: Tensor, form: type[BlockFormat], out: Tensor) -> Tensor:
-    """Decode contiguous uint8 ``packed`` blocks into ``out`` (float32, contiguous) and return it.
+    """Decode contiguous uint8 ``packed`` blocks into ``out`` (contiguous) and return it.
+
+    ``out`` is floating point of any width: what is narrower than float32 is rounded from it once,
+    to the nearest, ties to even, as torch does.
 
     >>> blocks = torch.zeros(34, dtype=torch.uint8); blocks[1] = 0x3C; blocks[2] = 7   # scale 1.0
     >>> dequantize(blocks, BLOCK_FORMATS["Q8_0"], torch.empty(32))[:2]
@@ -58,8 +63,20 @@ def dequantize(packed: Tensor, form: type[BlockFormat], out: Tensor) -> Tensor:
     return out
 
 
+def decoder_of(
+    form: type[BlockFormat], device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> str:
+    """Name what decodes a format on a device: ``C kernel`` or ``torch``, which is slower.
+
+    >>> decoder_of(BLOCK_FORMATS["IQ2_S"], "cpu")
+    'torch'
+    """
+    on_host = torch.device(device).type in {"cpu", "vgpu"}
+    return "C kernel" if on_host and _trusted_kernel(form.name, dtype) else "torch"
+
+
 def _decode_on_host(packed: Tensor, name: str, out: Tensor) -> None:
-    form, native = BLOCK_FORMATS[name], _trusted_kernel(name)
+    form, native = BLOCK_FORMATS[name], _trusted_kernel(name, out.dtype)
     if native is None:
         _decode_by_torch(packed, form, out)
     else:
@@ -69,7 +86,8 @@ def _decode_on_host(packed: Tensor, name: str, out: Tensor) -> None:
 def _decode_by_torch(packed: Tensor, form: type[BlockFormat], out: Tensor) -> None:
     num_blocks = packed.numel() // form.nbytes
     blocks, decoded = packed.view(num_blocks, form.nbytes), out.view(num_blocks, form.elements)
-    size = _TILE_BLOCKS if packed.device.type == "cpu" else _DEVICE_TILE_BLOCKS
+    elements = _TILE_ELEMENTS if packed.device.type == "cpu" else _DEVICE_TILE_ELEMENTS
+    size = elements // form.elements
     for first in range(0, num_blocks, size):
         tile = slice(first, first + size)
         decoded[tile] = form.decode(blocks[tile])
@@ -80,17 +98,19 @@ torch.library.impl("distorch::decode", "CPU", _decode_on_host)
 
 
 @cache
-def _trusted_kernel(name: str) -> Kernel | None:
+def _trusted_kernel(name: str, dtype: torch.dtype) -> Kernel | None:
     """The native kernel, if on this machine it agrees with the torch decoder bit for bit."""
-    native, form = kernel(name), BLOCK_FORMATS[name]
+    native, form = kernel(name, dtype), BLOCK_FORMATS[name]
     if native is None:
         return None
+    num_blocks = max(_PROBE_BLOCKS, _PROBE_ELEMENTS // form.elements)
     with torch.inference_mode(mode=False), torch.device("cpu"):
-        ramp = torch.arange(_PROBE_BLOCKS * form.nbytes, dtype=torch.int64) * 37 % 256
-        blocks = ramp.to(torch.uint8).view(_PROBE_BLOCKS, form.nbytes)
-        decoded = torch.empty(_PROBE_BLOCKS, form.elements, dtype=torch.float32)
-        native(blocks.data_ptr(), decoded.data_ptr(), _PROBE_BLOCKS)
-        expected = form.decode(blocks).contiguous()
-        same = decoded.view(torch.int32) == expected.view(torch.int32)
+        mixed = torch.arange(num_blocks * form.nbytes, dtype=torch.int64) * 2654435761 >> 13
+        blocks = (mixed & 255).to(torch.uint8).view(num_blocks, form.nbytes)
+        decoded = torch.empty(num_blocks, form.elements, dtype=dtype)
+        native(blocks.data_ptr(), decoded.data_ptr(), num_blocks)
+        expected = form.decode(blocks).to(dtype)
+        as_bits = torch.int32 if dtype == torch.float32 else torch.int16
+        same = decoded.view(as_bits) == expected.view(as_bits)
         both_nan = decoded.isnan() & expected.isnan()  # a scale may be one, of any payload
     return native if bool((same | both_nan).all()) else None

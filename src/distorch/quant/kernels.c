@@ -1,112 +1,133 @@
-// Dequantisation of GGML block formats into float32, on the CPU.
+// Dequantisation on the CPU, into float32, bfloat16 or float16.
 //
-// Layouts and arithmetic follow ggml's block definitions (ggml-common.h) and its reference
-// dequantize_row_* functions; the order of operations is kept, so results are bit-identical to
-// gguf.quants.dequantize. Written with the vector extensions that gcc and clang share, so one
-// source serves every instruction set. Built on first use by native.py; -ffp-contract=off keeps
-// a*b-c two roundings, as the reference has.
-#include <stdint.h>
-#include <string.h>
+// Written with the vector extensions that gcc and clang share, so one source serves every instruction
+// set. Built on first use by native.py; -ffp-contract=off keeps a*b-c two roundings, as the reference
+// has.
+#include "block_kernels.h"
 
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef float f32x16 __attribute__((vector_size(64)));
+static inline i32x16 choose(i32x16 mask, i32x16 yes, i32x16 no) { return (mask & yes) | (~mask & no); }
 
-// bytes go to float by way of int32: gcc 12 takes a direct conversion apart lane by lane (4x slower)
-#define TO_I32(v) __builtin_convertvector(v, i32x16)
-#define TO_F32(v) __builtin_convertvector(v, f32x16)
+// Floating point of fewer bits, made wider: the magnitude has so many bits of mantissa and an exponent
+// with a bias; from `special` on there are infinity and NaN, whose exponent is to become 255.
+static inline f32x16 widen(i32x16 magnitude, i32x16 sign, int mantissa, int bias, int special) {
+  const i32x16 denormal = (i32x16)(TO_F32(magnitude) * from_bits((128 - bias - mantissa) << 23));
+  const i32x16 normal = (magnitude << (23 - mantissa)) + ((127 - bias) << 23);
+  const i32x16 more = (magnitude >= special) & ((128 + bias - (special >> mantissa)) << 23);
+  return (f32x16)(choose(magnitude < 1 << mantissa, denormal, normal + more) | sign);
+}
+static inline f32x16 from_f16(u16x16 v) {
+  return widen(TO_I32(v & 0x7fff), TO_I32(v & 0x8000) << 16, 10, 15, 31 << 10);
+}
+static inline f32x16 from_bf16(u16x16 v) { return (f32x16)(TO_I32(v & 0xffff) << 16); }
+static inline f32x16 from_e4m3(u8x16 v) {
+  return widen(TO_I32(v & 127), TO_I32(v & 128) << 24, 3, 7, 127);
+}
+static inline f32x16 from_e5m2(u8x16 v) {
+  return widen(TO_I32(v & 127), TO_I32(v & 128) << 24, 2, 15, 31 << 2);
+}
 
-static const i32x16 BIT = {1,   2,   4,    8,    16,   32,   64,    128,
-                           256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+// Weights that are no blocks: 16 at a time, and what is left.
+#define DENSE(name, stored, in_f32)                                  \
+  static void name(const uint8_t *s, float *o, int64_t n) {          \
+    for (; n >= 16; n -= 16, s += sizeof(stored), o += 16) {         \
+      stored v;                                                      \
+      prefetch(s, sizeof v);                                         \
+      memcpy(&v, s, sizeof v);                                       \
+      store(o, in_f32(v));                                           \
+    }                                                                \
+    stored rest = {0};                                               \
+    memcpy(&rest, s, n * sizeof rest / 16);                          \
+    const f32x16 last = in_f32(rest);                                \
+    memcpy(o, &last, 4 * n);                                         \
+  }
 
-// Packed weights stream from memory and decoding leaves no room to wait for it: ask early.
-#define AHEAD 4096  // bytes; measured best on AVX-512: decoding from memory 1.7 times as fast
-static inline void prefetch(const uint8_t *p) { __builtin_prefetch(p + AHEAD); }
-static inline u8x16 load(const uint8_t *p) { u8x16 v; memcpy(&v, p, 16); return v; }
-static inline void store(float *p, f32x16 v) { memcpy(p, &v, 64); }
-static inline float half(const uint8_t *p) { _Float16 h; memcpy(&h, p, 2); return (float)h; }
+DENSE(f32, f32x16, )
+DENSE(f16, u16x16, from_f16)
+DENSE(bf16, u16x16, from_bf16)
+DENSE(f8_e4m3, u8x16, from_e4m3)
+DENSE(f8_e5m2, u8x16, from_e5m2)
 
-// 34 bytes -> 32 weights: scale f16, 32 x int8.
-static void q8_0(const uint8_t *s, float *o, int64_t n) {
-  for (; n--; s += 34, o += 32) {
-    prefetch(s);
-    const float d = half(s);
-    const int8_t *q = (const int8_t *)(s + 2);
-    for (int i = 0; i < 32; i++) o[i] = q[i] * d;  // gcc does this one best when left alone
+static void i8(const uint8_t *s, float *o, int64_t n) {
+  for (int64_t i = 0; i < n; i++) o[i] = (int8_t)s[i];
+}
+
+enum { F32, BF16, F16 };  // what is written; native.py has the same numbers
+
+// Narrower, to the nearest, ties to even. A NaN becomes the usual one of the format.
+static inline i32x16 to_bf16(f32x16 value) {
+  const i32x16 bits = (i32x16)value;
+  const i32x16 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return choose((bits & 0x7fffffff) > 0x7f800000, (bits & 0) + 0x7fc0, rounded);
+}
+
+static inline i32x16 to_f16(f32x16 value) {
+  const i32x16 bits = (i32x16)value, magnitude = bits & 0x7fffffff;
+  // beside a half, the last bit of a float32 is the last one of a float16 below 2^-14
+  const i32x16 denormal = (i32x16)((f32x16)magnitude + 0.5f) - 0x3f000000;
+  const i32x16 normal = (magnitude - ((127 - 15) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const i32x16 finite = choose(magnitude < (127 - 14) << 23, denormal, normal);
+  const i32x16 special = 0x7c00 + ((magnitude > 0x7f800000) & 0x200);
+  return choose(magnitude >= (127 + 16) << 23, special, finite) | (bits >> 16 & 0x8000);
+}
+
+static void narrow(const float *values, uint16_t *o, int64_t n, int kind) {
+  for (int64_t i = 0; i < n; i += 16) {  // `values` has room for whole vectors
+    f32x16 v;
+    memcpy(&v, values + i, sizeof v);
+    const u16x16 rounded = __builtin_convertvector(kind == BF16 ? to_bf16(v) : to_f16(v), u16x16);
+    memcpy(o + i, &rounded, n - i < 16 ? 2 * (n - i) : 32);
   }
 }
 
-// 22 bytes -> 32 weights: scale f16, 32 high bits, 32 x 4 low bits.
-static void q5_0(const uint8_t *s, float *o, int64_t n) {
-  for (; n--; s += 22, o += 32) {
-    prefetch(s);
-    const float d = half(s);
-    uint32_t high;
-    memcpy(&high, s + 2, 4);
-    const u8x16 q = load(s + 6);
-    // a comparison is -1 where the high bit is missing: those weights lose 16
-    const i32x16 no_low = ((int32_t)(high & 0xffff) & BIT) == 0;
-    const i32x16 no_high = ((int32_t)(high >> 16) & BIT) == 0;
-    store(o, TO_F32(TO_I32(q & 15) - (no_low & 16)) * d);
-    store(o + 16, TO_F32(TO_I32(q >> 4) - (no_high & 16)) * d);
+typedef void decode_fn(const uint8_t *, float *, int64_t);
+
+// Work is cut into tiles that OpenMP's threads share: the same pool torch computes with, so the two
+// never fight over cores. What is narrower than float32 is rounded while it is in the nearest cache.
+#define TILE 16384  // weights: 64 KiB of float32
+#define PIECE 2048
+
+static void decode_tile(decode_fn *decode, int elements, int bytes, const uint8_t *source, void *out,
+                        int64_t num_blocks, int kind) {
+  if (kind == F32) { decode(source, out, num_blocks); return; }
+  float piece[PIECE] __attribute__((aligned(64)));
+  uint16_t *rounded = out;
+  while (num_blocks > 0) {
+    const int64_t count = num_blocks < PIECE / elements ? num_blocks : PIECE / elements;
+    const int64_t weights = count * elements;
+    decode(source, piece, count);
+    narrow(piece, rounded, weights, kind);
+    source += count * bytes, rounded += weights, num_blocks -= count;
   }
 }
 
-// 144 bytes -> 256 weights: scale f16, minimum f16, 8 x (6-bit scale, 6-bit minimum), 4-bit weights.
-static void q4_k(const uint8_t *s, float *o, int64_t n) {
-  for (; n--; s += 144, o += 256) {
-    prefetch(s), prefetch(s + 64), prefetch(s + 128);
-    const float d = half(s), dmin = half(s + 2);
-    const uint8_t *packed = s + 4;
-    for (int i = 0; i < 8; i++) {
-      const uint8_t scale = i < 4 ? packed[i] & 63 : (packed[i + 4] & 15) | (packed[i - 4] >> 6 << 4);
-      const uint8_t min = i < 4 ? packed[i + 4] & 63 : (packed[i + 4] >> 4) | (packed[i] >> 6 << 4);
-      const float a = d * scale, b = dmin * min;
-      const uint8_t *q = s + 16 + 32 * (i / 2);
-      for (int half_row = 0; half_row < 2; half_row++) {
-        const u8x16 v = load(q + 16 * half_row);
-        store(o + 32 * i + 16 * half_row, TO_F32(TO_I32(i & 1 ? v >> 4 : v & 15)) * a - b);
-      }
-    }
-  }
-}
-
-// 210 bytes -> 256 weights: 4 low bits, 2 high bits, 16 x int8 scale, scale f16.
-static void q6_k(const uint8_t *s, float *o, int64_t n) {
-  for (; n--; s += 210, o += 256) {
-    prefetch(s), prefetch(s + 64), prefetch(s + 128), prefetch(s + 192);
-    const float d = half(s + 208);
-    const int8_t *scales = (const int8_t *)(s + 192);
-    for (int part = 0; part < 4; part++) {  // two halves of 128 weights, two columns of 16 each
-      const int side = part >> 1, column = part & 1;
-      const u8x16 low0 = load(s + 64 * side + 16 * column);
-      const u8x16 low1 = load(s + 64 * side + 32 + 16 * column);
-      const u8x16 high = load(s + 128 + 32 * side + 16 * column);
-      const int8_t *c = scales + 8 * side + column;
-      float *r = o + 128 * side + 16 * column;
-      store(r, TO_F32(TO_I32((low0 & 15) | ((high & 3) << 4)) - 32) * (d * c[0]));
-      store(r + 32, TO_F32(TO_I32((low1 & 15) | ((high & 12) << 2)) - 32) * (d * c[2]));
-      store(r + 64, TO_F32(TO_I32((low0 >> 4) | (high & 48)) - 32) * (d * c[4]));
-      store(r + 96, TO_F32(TO_I32((low1 >> 4) | ((high & 192) >> 2)) - 32) * (d * c[6]));
-    }
-  }
-}
-
-// Work is cut into tiles of TILE weights (64 KiB of float32: fits a core's cache) that OpenMP's
-// threads share: the same pool torch computes with, so the two never fight over cores.
-#define TILE 16384
-#define EXPORT(name, block_elements, block_bytes)                                      \
-  void distorch_##name(const uint8_t *source, float *out, int64_t num_blocks) {        \
-    const int64_t step = TILE / block_elements, tiles = (num_blocks + step - 1) / step; \
-    _Pragma("omp parallel for schedule(static) if (tiles > 1)")                        \
-    for (int64_t t = 0; t < tiles; t++) {                                              \
-      const int64_t first = t * step;                                                  \
-      const int64_t count = num_blocks - first < step ? num_blocks - first : step;     \
-      name(source + first * block_bytes, out + first * block_elements, count);         \
-    }                                                                                  \
+#define EXPORT(name, elements, bytes)                                                            \
+  void distorch_##name(const uint8_t *source, void *out, int64_t num_blocks, int kind) {         \
+    const int64_t step = TILE / elements, tiles = (num_blocks + step - 1) / step;                \
+    const int64_t written = (kind == F32 ? 4 : 2) * elements;                                    \
+    _Pragma("omp parallel for schedule(static) if (tiles > 1)")                                  \
+    for (int64_t t = 0; t < tiles; t++) {                                                        \
+      const int64_t first = t * step, left = num_blocks - first;                                 \
+      decode_tile(name, elements, bytes, source + first * bytes, (char *)out + first * written,  \
+                  left < step ? left : step, kind);                                              \
+    }                                                                                            \
   }
 
+EXPORT(f32, 1, 4)
+EXPORT(f16, 1, 2)
+EXPORT(bf16, 1, 2)
+EXPORT(f8_e4m3, 1, 1)
+EXPORT(f8_e5m2, 1, 1)
+EXPORT(i8, 1, 1)
 EXPORT(q8_0, 32, 34)
+EXPORT(q4_0, 32, 18)
+EXPORT(q4_1, 32, 20)
 EXPORT(q5_0, 32, 22)
+EXPORT(q5_1, 32, 24)
+EXPORT(q2_k, 256, 84)
+EXPORT(q3_k, 256, 110)
 EXPORT(q4_k, 256, 144)
+EXPORT(q5_k, 256, 176)
 EXPORT(q6_k, 256, 210)
+EXPORT(iq4_nl, 32, 18)
+EXPORT(iq4_xs, 256, 136)
+EXPORT(mxfp4, 32, 17)

@@ -18,6 +18,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distorch.compiler import build_library
 from distorch.errors import DistorchError
 
@@ -25,25 +27,32 @@ __all__ = ["kernel"]
 
 _log = logging.getLogger("distorch")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp")
+_SOURCES = ("kernels.c", "block_kernels.h")
 _BUILD_SECONDS = 60
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels.c counts them
 
 Kernel = Callable[[int, int, int], None]
 
 
-def kernel(name: str) -> Kernel | None:
+def kernel(name: str, dtype: torch.dtype = torch.float32) -> Kernel | None:
     """Return ``f(source address, out address, number of blocks)`` for a block format, or None.
 
-    The addresses are of packed blocks and of float32; the call releases the GIL and shares torch's
-    OpenMP threads. None means that torch has to decode this format here.
+    The addresses are of packed blocks and of numbers of ``dtype``; the call releases the GIL and
+    shares torch's OpenMP threads. None means that torch has to decode this format here.
     """
-    library = _library()
+    library = _library() if dtype in _KINDS else None
     function: Any = getattr(library, f"distorch_{name.lower()}", None) if library else None
     if function is None:
         return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
     function.restype = None
-    found: Kernel = function
-    return found
+    kind = _KINDS[dtype]
+
+    def decode(source: int, out: int, num_blocks: int) -> None:
+        function(source, out, num_blocks, kind)
+
+    return decode
 
 
 @cache
@@ -56,10 +65,10 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _build() -> Path:
-    source = files("distorch.quant").joinpath("kernels.c").read_bytes()
+    here = files("distorch.quant")
     return build_library(
         "kernels",
-        {"kernels.c": source},
+        {name: here.joinpath(name).read_bytes() for name in _SOURCES},
         language="c",
         flags=_FLAGS,
         depends_on=_cpu(),

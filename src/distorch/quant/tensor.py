@@ -18,6 +18,7 @@ __all__ = ["QuantTensor"]
 
 _TILE_ELEMENTS = 1 << 19  # 2 MiB of float32: decoded and multiplied before it leaves the cache
 _TILE_ROW_MULTIPLE = 64
+_DECODED = {torch.float32, torch.bfloat16, torch.float16}  # straight; others by way of float32
 _MOVES = {torch.ops.aten.to, torch.ops.aten._to_copy}  # noqa: SLF001  (what torch calls it)
 
 
@@ -45,6 +46,7 @@ class QuantTensor(LazyWeight):
     columns: int
     row_bytes: int
     compute_dtype: torch.dtype
+    decoded_dtype: torch.dtype  # a scale multiplies float32
 
     def __new__(
         cls,
@@ -58,6 +60,7 @@ class QuantTensor(LazyWeight):
         self = LazyWeight.__new__(cls, shape, dtype, packed.device)
         self.packed, self.form, self.compute_dtype = packed.view(-1), form, dtype
         self.scale = scale
+        self.decoded_dtype = dtype if scale is None and dtype in _DECODED else torch.float32
         self.columns = shape[-1] if shape else 1
         self.is_matrix = self.is_matrix and self.columns % form.elements == 0  # rows of blocks
         self.row_bytes = self.columns // form.elements * form.nbytes
@@ -122,7 +125,7 @@ class QuantTensor(LazyWeight):
 
     def materialize(self) -> Tensor:
         """Return the whole weight, decoded into memory of its own."""
-        out = torch.empty(self.shape, dtype=torch.float32, device=self.packed.device)
+        out = torch.empty(self.shape, dtype=self.decoded_dtype, device=self.packed.device)
         return self._scaled(dequantize(self.packed, self.form, out)).to(self.compute_dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,7 +147,7 @@ class QuantTensor(LazyWeight):
         """Decode the rows that ``ids`` names."""
         wanted = ids.reshape(-1)
         packed = self.packed.view(self.rows, self.row_bytes).index_select(0, wanted)
-        out = torch.empty(len(wanted), self.columns, dtype=torch.float32, device=packed.device)
+        out = torch.empty(len(wanted), self.columns, dtype=self.decoded_dtype, device=packed.device)
         found = self._scaled(dequantize(packed, self.form, out), wanted)
         return found.to(self.compute_dtype).view(*ids.shape, self.columns)
 
@@ -162,12 +165,12 @@ class QuantTensor(LazyWeight):
         packed = self.packed[first * self.row_bytes : last * self.row_bytes]
         elements = (last - first) * self.columns
         if packed.device.type == "cpu":
-            out = scratch(elements)
+            out = scratch(elements, self.decoded_dtype)
         else:
-            out = torch.empty(elements, dtype=torch.float32, device=packed.device)
+            out = torch.empty(elements, dtype=self.decoded_dtype, device=packed.device)
         weight = dequantize(packed, self.form, out).view(last - first, self.columns)
         weight = self._scaled(weight, slice(first, last))
-        return weight if self.compute_dtype == torch.float32 else weight.to(self.compute_dtype)
+        return weight.to(self.compute_dtype)
 
     def _scaled(self, decoded: Tensor, rows: slice | Tensor | None = None) -> Tensor:
         """Multiply what was decoded, the whole weight or some of its rows, by the scale."""

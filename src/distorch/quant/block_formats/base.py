@@ -90,4 +90,4 @@ def bits(packed: Tensor, width: int = 1) -> Tensor:
     >>> bits(torch.tensor([[0x21, 0x43]], dtype=torch.uint8), 4).tolist()
     [[1, 2, 3, 4]]
     """
-    return fields(packed, width).transpose(1, 2).reshape(packed.shape[0], -1)
+    return fields(packed, width).transpose(1, 2).flatten(1)
