@@ -238,6 +238,9 @@ class Handle:
         """
         self.loras.clear()
         self._take_off(restore=False)
+        for weight in self._tree.weights.values():
+            weight.empty()
+            weight.give_up()
         if self._source is not None:
             self._source.close()
 
@@ -296,7 +299,11 @@ class Handle:
 
     def plan_as(self, request: Request, machine: Machine | None) -> Plan:
         """Return the plan that a request comes to on a machine (None: this one), as it is now."""
-        return Planning(self._tree, in_place=self._source is not None).plan(request, machine)
+        held: dict[str, int] = {}
+        if self._executor is not None:
+            held = {**self.plan.bytes_by_tier, self.plan.compute: self.plan.held_bytes}
+        in_place = self._source is not None
+        return Planning(self._tree, in_place=in_place, held=held).plan(request, machine)
 
     def _kept(self, plan: Plan) -> frozenset[str]:
         """The weights that stay in the module's own tensors: all their rows rest where they are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from distorch.integrations.memories import as_seen, check_here, machine_here
 from distorch.integrations.module_tree import Tree, whole
@@ -21,10 +21,14 @@ __all__ = ["Planning"]
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """A model to plan for; ``in_place`` says that its weights lie in a checkpoint's files."""
+    """A model to plan for; ``in_place`` says that its weights lie in a checkpoint's files.
+
+    ``held`` are the bytes of each tier that it has while it is distributed, and can have again.
+    """
 
     tree: Tree
     in_place: bool
+    held: Mapping[str, int] = field(default_factory=dict)
 
     def plan(self, request: Request, machine: Machine | None) -> Plan:
         """Return the plan that a request comes to on a machine (None: this one), as it is now.
@@ -33,17 +37,18 @@ class Planning:
             AllocationError: the request cannot be read, or does not fit the machine.
             MachineError: it names a device that is not here.
         """
-        homes = self._homes()
         machine = as_seen(
-            machine or machine_here(request.folder), homes, any_tier=request.names_its_devices
+            machine or machine_here(request.folder),
+            self._homes(),
+            any_tier=request.names_its_devices,
         )
         if isinstance(request.allocation, Plan):
             plan = request.allocation.for_blocks(self._blocks_on(request.allocation.compute))
             check_room(plan, machine)
         else:
-            plan = self._by_line(request, machine, sum(homes.values()))
+            plan = self._by_line(request, machine, self._model_bytes)
         check_here(plan)
-        return replace(plan, notes=plan.notes + self.tree.notes)
+        return replace(plan, notes=tuple(dict.fromkeys(plan.notes + self.tree.notes)))
 
     def _by_line(self, request: Request, machine: Machine, model_bytes: int) -> Plan:
         line, judge = request.line(model_bytes, machine), None
@@ -71,11 +76,17 @@ class Planning:
         return cut(root if compute == "cpu" or self.in_place else whole(root))
 
     def _homes(self) -> Mapping[str, int]:
-        """Bytes of the weights where they lie when they are not distributed."""
+        """Bytes of the weights where they lie now, and in a checkpoint's files."""
         if self.in_place:
-            return {"disk": sum(block.nbytes for block in cut(self.tree.root))}
+            return {**self.held, "disk": self._model_bytes}
+        if self.held:
+            return self.held
         homes: Counter[str] = Counter()
         for block in cut(self.tree.root):
             weight = self.tree.weights[block.parts[0].tensor]
             homes[str(weight.original.device)] += block.nbytes
         return homes
+
+    @property
+    def _model_bytes(self) -> int:
+        return sum(block.nbytes for block in cut(self.tree.root))

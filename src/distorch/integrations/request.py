@@ -72,6 +72,13 @@ class Request:
             ) from error
 
     @property
+    def is_auto(self) -> bool:
+        """Whether it is left to us how much rests where, by what is free."""
+        line = "auto" if self.allocation is None else self.allocation
+        given = self.virtual_vram_gb is not None or isinstance(line, Plan)
+        return not given and str(line).strip().lower() == "auto"
+
+    @property
     def names_its_devices(self) -> bool:
         """Whether the user chose where to compute; ``auto`` and a bare number leave it to us."""
         if self.compute is not None:

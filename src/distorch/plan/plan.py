@@ -111,6 +111,11 @@ class Plan:
         return dict(totals)
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the compute device that weights take: at rest there, and the ring."""
+        return self.bytes_by_tier[self.compute] + self.ring.nbytes
+
+    @property
     def streamed_bytes(self) -> int:
         """Bytes that visit the ring in a step that uses every block once."""
         return sum(

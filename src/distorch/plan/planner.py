@@ -16,7 +16,7 @@ from distorch.plan.plan import Plan, gib
 from distorch.plan.rings import rings, roomy_ring
 from distorch.plan.search import TINY_BYTES, resident_sets, spread
 
-__all__ = ["Judge", "check_room", "make_plan"]
+__all__ = ["Judge", "check_room", "choose_resident", "make_plan"]
 
 _RING_PART = 8  # beside a line's amount, a ring may take one part in so many of the model
 
@@ -93,7 +93,7 @@ class _Job:
         room_bytes = self.machine.tier(resolved.compute).usable_bytes - self._reserve_bytes
         most_bytes = min(room_bytes - budget_bytes, self._model_bytes // _RING_PART)
         rest = next((entry.device for entry in self.allocation.entries if entry.rest), None)
-        sets: Iterable[Iterable[int]] = [_resident(self.blocks, budget_bytes)]
+        sets: Iterable[Iterable[int]] = [choose_resident(self.blocks, budget_bytes)]
         if self.judge is not None:
             sets = resident_sets(self.blocks, budget_bytes)
         for resident in sets:
@@ -151,8 +151,8 @@ def check_room(plan: Plan, machine: Machine, reserve_bytes: int = 0) -> None:
             )
 
 
-def _resident(blocks: Sequence[Block], budget_bytes: int) -> set[int]:
-    """Choose what stays: tiny blocks first, then an even spread, rows that are looked up last."""
+def choose_resident(blocks: Sequence[Block], budget_bytes: int) -> set[int]:
+    """Choose which stay: tiny blocks first, then an even spread, rows that are looked up last."""
     chosen: set[int] = set()
     left_bytes = budget_bytes
 

@@ -10,7 +10,7 @@ from distorch.errors import AllocationError
 from distorch.plan.blocks import Block
 from distorch.plan.plan import Ring, gib
 
-__all__ = ["rings", "roomy_ring", "usual_ring"]
+__all__ = ["least_ring", "rings", "roomy_ring", "usual_ring"]
 
 _SMALL_BYTES = 16 << 20
 _SLOTS_IF_SMALL = 4
@@ -55,7 +55,7 @@ def usual_ring(visitors: Sequence[Block], ring_bytes: int | None = None) -> Ring
         return Ring()
     largest = max(visitors, key=lambda block: block.nbytes)
     slot_bytes = largest.slot_bytes
-    fewest = _FEWEST_SLOTS + _held_at_once(visitors)
+    fewest = least_ring(visitors).num_slots
     if ring_bytes is None:
         wanted = _SLOTS_IF_SMALL if largest.nbytes <= _SMALL_BYTES else _SLOTS_IF_LARGE
         num_slots = wanted + _held_at_once(visitors)
@@ -68,6 +68,14 @@ def usual_ring(visitors: Sequence[Block], ring_bytes: int | None = None) -> Ring
                 hint=f'ring="{fewest * slot_bytes}b", or more weights at rest',
             )
     return Ring(num_slots=min(num_slots, max(len(visitors), fewest)), slot_bytes=slot_bytes)
+
+
+def least_ring(visitors: Sequence[Block]) -> Ring:
+    """Return the smallest ring: one block in use, one on its way, and those held meanwhile."""
+    if not visitors:
+        return Ring()
+    slot_bytes = max(block.slot_bytes for block in visitors)
+    return Ring(num_slots=_FEWEST_SLOTS + _held_at_once(visitors), slot_bytes=slot_bytes)
 
 
 def _held_at_once(visitors: Sequence[Block]) -> int:

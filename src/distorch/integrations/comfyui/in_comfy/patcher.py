@@ -4,11 +4,12 @@ ComfyUI keeps deciding when a model is on the device, which LoRA applies and wha
 room. What changes is `load`: no layer is moved; the module is distributed, and ComfyUI's own layers
 find each weight where they need it, since the hooks put it there before their forward. A LoRA stays
 a function that ComfyUI applies to the weight when it is used, so its strength changes without a
-byte being moved.
+byte being moved. The line says what a model may take of its device, and ComfyUI's room bounds it.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -20,19 +21,24 @@ from torch import nn
 from distorch.integrations.attach import Handle, distribute, plan_for
 from distorch.integrations.comfyui.in_comfy.classic import classic
 from distorch.integrations.comfyui.in_comfy.ordinary import make_ordinary
+from distorch.integrations.comfyui.in_comfy.room import fitted, machine_for, plan_within
 from distorch.integrations.request import Request
+from distorch.plan.plan import Plan, gib
 
 __all__ = ["DistributedPatcher", "adopt", "handle_in"]
 
 _OURS_ALONE = 2  # references to what only we hold: ours, and that of the question
 _NOTHING = 1  # bytes that ComfyUI may load by itself: with 0 it would load all
 
+_log = logging.getLogger("distorch")
+
 
 @dataclass(slots=True)
 class _Placed:
-    """What was asked for, and the handle of what was done; all clones of a patcher share it."""
+    """What was asked for, its plan, and the handle of what was done: of all a patcher's clones."""
 
     request: Request
+    asked: Plan
     handle: Handle
     holder: int = 0  # the id of the patcher that loaded last
 
@@ -52,11 +58,11 @@ def adopt(
     placed = _placed(twin.model)
     if placed is None:
         make_ordinary(_module(twin.model))
-        plan = plan_for(_module(twin.model), request)
+        plan = plan_for(_module(twin.model), request, machine_for(request))
     else:
-        plan = placed.handle.plan_as(request, None)
+        plan = placed.handle.plan_as(request, machine_for(request))
     twin.load_device = torch.device(plan.compute)
-    twin.size = plan.bytes_by_tier[plan.compute] + plan.ring.nbytes
+    twin.size = plan.held_bytes
     return twin
 
 
@@ -87,37 +93,36 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         return twin
 
     def model_size(self) -> int:
-        """Return the bytes that the model takes of its device: weights at rest, and the ring."""
+        """Return the bytes that were asked for of its device: weights at rest, and the ring."""
+        placed = _placed(self.model)
+        if placed is not None and placed.request == self.request:
+            self.size = placed.asked.held_bytes
         return self.size
 
     def load(
         self,
         device_to: torch.device | None = None,
-        lowvram_model_memory: int = 0,
+        lowvram_model_memory: float = 0,
         force_patch_weights: bool = False,
         full_load: bool = False,
         **more: Any,
     ) -> Any:
-        """Let ComfyUI set its LoRA functions, and place the weights where they are not yet."""
+        """Let ComfyUI set its LoRA functions, and place the weights where they are not yet.
+
+        If it has less room than was asked for, they are placed within that; once it has enough,
+        as asked.
+        """
         placed = _placed(self.model)
         if placed is not None and placed.request != self.request:
             self._bring_back()
             placed = None
         result = super().load(device_to, _NOTHING, False, False, **more)
+        room_bytes = None if full_load else int(lowvram_model_memory)
         if placed is None:
-            self._bake()
-            make_ordinary(_module(self.model))
-            handle = distribute(
-                _module(self.model),
-                self.request.allocation,
-                virtual_vram_gb=self.request.virtual_vram_gb,
-                donor=self.request.donor,
-                compute=self.request.compute,
-                ring=self.request.ring,
-            )
-            placed = self.model.distorch_placed = _Placed(self.request, handle)
+            placed = self._place(room_bytes)
+        elif room_bytes is None or placed.asked.held_bytes <= room_bytes:
+            self._rebudget(placed, placed.asked)
         placed.holder = id(self)
-        self.size = placed.handle.weight_bytes
         self.model.model_loaded_weight_memory = placed.handle.weight_bytes
         return result
 
@@ -138,10 +143,23 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Give up all of the device; ComfyUI's layers go on from host memory, more slowly."""
-        freed = int(self.model.model_loaded_weight_memory) if _placed(self.model) else 0
-        self._bring_back()
-        self.model.model_loaded_weight_memory -= freed
+        """Give up as much of the device as is asked for.
+
+        If the smallest ring is too large for what is left, all of it is given up: ComfyUI's layers
+        go on from host memory, more slowly.
+        """
+        placed, freed = _placed(self.model), 0
+        if placed is not None:
+            before, kept = placed.handle.weight_bytes, 0
+            less = plan_within(placed.handle.plan, int(before - memory_to_free))
+            if less.held_bytes <= before - memory_to_free:
+                self._rebudget(placed, less)
+                kept = placed.handle.weight_bytes
+            else:
+                self._bring_back()
+            freed = before - kept
+            self.model.model_loaded_weight_memory -= freed
+            _log.info("%s of %s are given up, %s kept", gib(freed), self.load_device, gib(kept))
         if freed < memory_to_free:
             freed += super().partially_unload(device_to, memory_to_free - freed, *args, **kwargs)
         return freed
@@ -179,7 +197,8 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     def _leave(self) -> None:
         """Hand what rests elsewhere to the patcher that this one was cloned from.
 
-        If that is ComfyUI's own and somebody still has it, the weights come back, for its forward.
+        If that is ComfyUI's own and somebody still has it, the weights come back, for its forward;
+        if nobody has, nobody has the model either, and its memory is free at once.
         """
         placed = _placed(self.model)
         if placed is None or placed.holder != id(self):
@@ -188,6 +207,25 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
             placed.holder = id(self.parent)
         elif sys.getrefcount(self.parent) > _OURS_ALONE:
             super().detach(True)
+        else:
+            self.model.distorch_placed = None
+            placed.handle.discard()
+
+    def _place(self, room_bytes: int | None) -> _Placed:
+        """Place the weights as asked, within the room that there is; None: all."""
+        module, request = _module(self.model), self.request
+        self._bake()
+        make_ordinary(module)
+        asked = plan_for(module, request, machine_for(request, self.load_device))
+        plan = asked if room_bytes is None else fitted(asked, room_bytes, request)
+        placed = self.model.distorch_placed = _Placed(request, asked, distribute(module, plan))
+        return placed
+
+    def _rebudget(self, placed: _Placed, plan: Plan) -> None:
+        """Move what is placed otherwise than in ``plan``."""
+        now = placed.handle.plan
+        if (now.placements, now.ring) != (plan.placements, plan.ring):
+            placed.handle.rebudget(plan)
 
     def _bring_back(self) -> None:
         placed = _placed(self.model)
