@@ -12,6 +12,7 @@ PUBLIC = [
     "Handle",
     "Machine",
     "Plan",
+    "dequantize",
     "distribute",
     "handle_of",
     "load",

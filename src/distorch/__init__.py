@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distorch.integrations.huggingface import load_tokenizer as load_tokenizer
     from distorch.machine import Machine as Machine
     from distorch.plan.plan import Plan as Plan
+    from distorch.quant.of_checkpoint import dequantize as dequantize
 
 _HOMES = {
     "Allocation": "distorch.allocation",
@@ -27,6 +28,7 @@ _HOMES = {
     "Handle": "distorch.integrations.attach",
     "Machine": "distorch.machine",
     "Plan": "distorch.plan.plan",
+    "dequantize": "distorch.quant.of_checkpoint",
     "distribute": "distorch.integrations.attach",
     "handle_of": "distorch.integrations.attach",
     "load": "distorch.integrations.huggingface",

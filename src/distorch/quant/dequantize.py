@@ -7,6 +7,7 @@ as the largest weight it has decoded.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from distorch.quant.block_formats import BLOCK_FORMATS, BlockFormat
 from distorch.quant.native import Kernel, kernel
 
-__all__ = ["decoder_of", "dequantize", "scratch"]
+__all__ = ["decoder_of", "decoders_of", "dequantize", "scratch"]
 
 _TILE_ELEMENTS = 1 << 20  # torch decodes through temporaries: small ones stay in the cache
 _DEVICE_TILE_ELEMENTS = 1 << 25  # on a device, launches cost more than temporaries
@@ -73,6 +74,19 @@ def decoder_of(
     """
     on_host = torch.device(device).type in {"cpu", "vgpu"}
     return "C kernel" if on_host and _trusted_kernel(form.name, dtype) else "torch"
+
+
+def decoders_of(
+    stored: Iterable[str], device: torch.device | str, dtype: torch.dtype
+) -> dict[str, str]:
+    """Name what decodes each packed format among ``stored``: one of fewer than 16 bits a weight.
+
+    >>> decoders_of(["IQ2_S", "F32"], "cpu", torch.float32)
+    {'IQ2_S': 'torch'}
+    """
+    forms = (BLOCK_FORMATS[name] for name in sorted({*stored} & BLOCK_FORMATS.keys()))
+    packed = (form for form in forms if 8 * form.nbytes < 16 * form.elements)
+    return {form.name: decoder_of(form, device, dtype) for form in packed}
 
 
 def _decode_on_host(packed: Tensor, name: str, out: Tensor) -> None:
