@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,9 +32,8 @@ from distorch.formats import open_checkpoint
 from distorch.plan.plan import Plan, gib
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from distorch.integrations.attach import Handle
 
 __all__ = ["HELP", "run"]
 
@@ -80,10 +80,14 @@ class Report:
     transfer_hidden: float | None
     link_bytes_per_second: float | None
     E: float | None
+    decoders: dict[str, str]
 
     @classmethod
-    def of(cls, handle: Handle, prompt: str, said: Generated, seconds_to_ready: float) -> Report:
+    def of(
+        cls, model: PreTrainedModel, prompt: str, said: Generated, seconds_to_ready: float
+    ) -> Report:
         """Put together what the plan, the counters and the clock say."""
+        handle = distorch.handle_of(model)
         plan, stats = handle.plan, handle.stats()
         visited, streamed = stats.num_visits > 0, stats.streamed_bytes > 0
         return cls(
@@ -101,6 +105,7 @@ class Report:
             transfer_hidden=stats.transfer_hidden if visited else None,
             link_bytes_per_second=stats.link_bytes_per_second if streamed else None,
             E=stats.efficiency if visited and stats.num_steps else None,
+            decoders=_decoders(plan, model.dtype),
         )
 
     def table(self) -> list[tuple[str, str]]:
@@ -120,7 +125,26 @@ class Report:
             rows.append(("link", f"{self.link_bytes_per_second / 1e9:.2f} GB/s"))
         if self.E is not None:
             rows.append(("E", f"{self.E:.2f} = max(compute, transfer) / time"))
+        if self.decoders:
+            rows.append(("decoding", _by_decoder(self.decoders)))
         return rows
+
+
+def _decoders(plan: Plan, dtype: torch.dtype) -> dict[str, str]:
+    """Name what decodes each packed format of the model; torch has been loaded by now."""
+    parts = (part for placement in plan.placements for part in placement.block.parts)
+    decoders_of = import_module("distorch.quant.dequantize").decoders_of
+    found: dict[str, str] = decoders_of({part.dtype for part in parts}, plan.compute, dtype)
+    return found
+
+
+def _by_decoder(decoders: dict[str, str]) -> str:
+    """Write ``Q4_K, Q6_K by C kernel; IQ2_S by torch (slower)``."""
+    formats: dict[str, list[str]] = {}
+    for name, decoder in decoders.items():
+        formats.setdefault(decoder, []).append(name)
+    slower = {decoder: " (slower)" if decoder == "torch" else "" for decoder in formats}
+    return "; ".join(f"{', '.join(names)} by {by}{slower[by]}" for by, names in formats.items())
 
 
 def run(
@@ -159,14 +183,14 @@ def run(
         )
     finally:
         show("\n")
-    handle = distorch.handle_of(loaded)
-    report = Report.of(handle, prompt, said, seconds_to_ready)
+    report = Report.of(loaded, prompt, said, seconds_to_ready)
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
         _show_now("\n")
-        foretold = handle.plan.prediction
-        show_pairs(handle.plan.table() + (foretold.table() if foretold else []) + report.table())
+        used = distorch.handle_of(loaded).plan
+        foretold = used.prediction
+        show_pairs(used.table() + (foretold.table() if foretold else []) + report.table())
 
 
 def _saved(path: Path, placement: Placement) -> Plan:
