@@ -11,7 +11,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,30 +22,76 @@ from tests.comfyui.server import Server
 
 _ROOT = Path(__file__).parents[2]
 _START_SECONDS = 180.0
+_CARDS = "3gb,3gb,3gb"
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    tree, python = os.environ.get("COMFYUI_DIR"), os.environ.get("COMFYUI_PYTHON")
-    if not tree or not python:
+    with started(tmp_path_factory.mktemp("comfyui"), ["--cpu"]) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def cards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with three virtual graphics cards, the first of them ComfyUI's."""
+    with started(tmp_path_factory.mktemp("cards"), *_with_cards()) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def dynamic_cards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same with DynamicVRAM."""
+    _, source = tree_of("model_patcher.py")
+    if "disable_dynamic" not in source:
+        pytest.skip("this ComfyUI has no DynamicVRAM")
+    with started(
+        tmp_path_factory.mktemp("dynamic"), *_with_cards("--enable-dynamic-vram")
+    ) as found:
+        yield found
+
+
+def _with_cards(*arguments: str) -> tuple[list[str], Mapping[str, str]]:
+    """What a server with virtual cards is started with: few bytes are kept for what is no model."""
+    found = ["--disable-pinned-memory", "--reserve-vram", "0", *arguments]
+    return found, {"DISTORCH_VGPU": _CARDS}
+
+
+def tree_of(name: str) -> tuple[Path, str]:
+    """Return ComfyUI's folder, and the text of one of its files."""
+    tree = os.environ.get("COMFYUI_DIR")
+    if not tree or not os.environ.get("COMFYUI_PYTHON"):
         pytest.skip("needs COMFYUI_DIR, a ComfyUI, and COMFYUI_PYTHON, an interpreter that runs it")
-    base = tmp_path_factory.mktemp("comfyui")
+    return Path(tree), (Path(tree) / "comfy" / name).read_text(encoding="utf-8")
+
+
+@contextmanager
+def started(
+    base: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Run a ComfyUI with a base folder of its own; virtual cards come with a pack."""
+    tree, _ = tree_of("cli_args.py")
     for folder in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / folder).mkdir()
     (base / "custom_nodes" / "distorch").symlink_to(_ROOT)
-    shutil.copy(Path(__file__).with_name("helper_pack.py"), base / "custom_nodes")
+    here = Path(__file__).parent
+    shutil.copy(here / "helper_pack.py", base / "custom_nodes")
+    if environment:
+        shutil.copytree(here / "device_pack", base / "custom_nodes" / "device_pack")
     make_models(base / "models")
-    (Path(tree) / "user").mkdir(exist_ok=True)  # older versions keep their database there
+    (tree / "user").mkdir(exist_ok=True)  # older versions keep their database there
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    yield from _running(tree, python, base, port)
+    yield from _running(tree, base, port, arguments, environment or {})
 
 
-def _running(tree: str, python: str, base: Path, port: int) -> Iterator[Server]:
-    command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
-    command += ["--disable-auto-launch", "--base-directory", str(base)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+def _running(
+    tree: Path, base: Path, port: int, arguments: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[Server]:
+    command = [os.environ["COMFYUI_PYTHON"], "main.py", "--listen", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-auto-launch", "--base-directory", str(base)]
+    command += ["--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}", *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment}
     environment.pop("PYTHONPATH", None)
     with (base / "server.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
