@@ -106,7 +106,7 @@ def _remarks(done: Converted) -> list[str]:
     return [
         *(f"note: {note}" for note in done.recipe.notes),
         *_warnings(done.nonfinite, "NaN or infinite"),
-        *_warnings(done.overflowed, f"too large for {done.recipe.format}: NaN or infinite now"),
+        *_warnings(done.overflowed, f"too large for {done.recipe.format}"),
     ]
 
 

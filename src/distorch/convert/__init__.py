@@ -3,7 +3,8 @@
     convert(source, target, "Q4_K") -> Converted     what was written, and what the user should know
 
 `asked` reads what the user wants, `architectures` knows models by the names of their tensors, and
-`recipe` decides what each tensor becomes, all without a byte of a weight; `write` moves the bytes.
+`recipe` decides what each tensor becomes, in which of `shapes`: all without a byte of a weight.
+`write` moves the bytes.
 """
 
 from __future__ import annotations

@@ -261,7 +261,7 @@ def detect(names: Collection[str], class_name: str | None) -> Architecture:
         )
     if class_name is not None:
         raise ModelError(
-            f"neither ComfyUI nor diffusers loads a {class_name:.100} from GGUF",
+            f"neither ComfyUI nor diffusers loads the class {class_name:.100} from GGUF",
             hint="the model in its authors' own layout, or an OUT that ends in .safetensors",
         )
     raise ModelError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,16 @@ from distorch.convert.architectures import (
     prefix,
 )
 from distorch.convert.asked import GGUF_NAMES, Container, container_of, form_for, is_packed
+from distorch.convert.shapes import folded, logical_shape
 from distorch.errors import FormatError, ModelError
 from distorch.formats import DTYPES, SAFETENSORS_DTYPES, Checkpoint, DType, TensorInfo
 from distorch.plan.storage import Format
 
-__all__ = ["SHAPE_KEY", "Output", "Recipe", "recipe_for"]
+__all__ = ["Output", "Recipe", "recipe_for"]
 
-SHAPE_KEY: Final = "comfy.gguf.orig_shape."
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _MAX_NAME: Final = 127  # what programs in C that read these files keep for a name
 _SHOWN: Final = 3  # names in a note
-_FOLD: Final = 256  # elements of a folded row
-_FOLD_FROM: Final = 512  # elements, as ComfyUI-GGUF has it
 _SCALES: Final = (
     ".scale_weight",
     ".weight_scale",
@@ -150,7 +147,7 @@ def _to_safetensors(checkpoint: Checkpoint, form: Format, keep: tuple[str, ...])
     """Change dtypes, and nothing else: all tensors, all names, the metadata."""
     outputs = []
     for name, info in checkpoint.items():
-        shape = _logical_shape(checkpoint, info)
+        shape = logical_shape(checkpoint, info)
         dtype = DTYPES[info.dtype]
         if _is_number(info) and not matches(name, keep):
             wanted = form.dtype(shape)
@@ -190,7 +187,7 @@ def _to_gguf(
                 f"{name!r} has {len(name)} characters; a GGUF file names tensors in {_MAX_NAME}",
                 hint="an OUT that ends in .safetensors",
             )
-        shape = _logical_shape(checkpoint, info) or (1,)
+        shape = logical_shape(checkpoint, info) or (1,)
         kept = matches(name, keep) or matches(full_name, keep)
         outputs.append(_gguf_output(name, info, shape, form, model, kept=kept))
     return Recipe(
@@ -201,7 +198,7 @@ def _to_gguf(
         outputs=tuple(outputs),
         notes=(
             *_requantised(outputs),
-            *_unpacked(outputs, form),
+            *_unpacked(outputs, form, (*model.kept, *model.exact, *keep)),
             *_counted(left_out, "{} left out, as they are not weights of the model: {}"),
             *_loaded_by(model),
         ),
@@ -222,7 +219,7 @@ def _gguf_output(
     if matches(name, model.exact):
         return Output(info, name, DTYPES["F32"], shape)
     is_precise = matches(name, model.kept)
-    stored = _folded(shape) if model.folds and not is_precise else shape
+    stored = folded(shape) if model.folds and not is_precise else shape
     dtype, unchanged = form.dtype(stored), _unchanged(info)
     if is_precise and _bits(dtype) <= _bits(unchanged):
         dtype = unchanged
@@ -249,34 +246,8 @@ def _bits(dtype: DType) -> float:
     return 8 * dtype.block_bytes / dtype.block_elements
 
 
-def _folded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return rows of 256 for a shape whose own rows do not pack, where there are enough.
-
-    >>> _folded((320, 4, 3, 3)), _folded((320, 768))
-    ((45, 256), (320, 768))
-    """
-    size = math.prod(shape)
-    odd = len(shape) > 1 and shape[-1] % _FOLD and not size % _FOLD
-    return (size // _FOLD, _FOLD) if odd and size >= _FOLD_FROM else shape
-
-
 def _is_number(info: TensorInfo) -> bool:
     return info.dtype in _FLOATS or is_packed(info.dtype)
-
-
-def _logical_shape(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...]:
-    """Return the shape that a tensor has in the model, where a GGUF file stores it folded."""
-    given = checkpoint.metadata.get(SHAPE_KEY + info.name)
-    if given is None:
-        return info.shape
-    sizes = given if isinstance(given, Iterable) and not isinstance(given, str) else ()
-    shape = tuple(size for size in sizes if isinstance(size, int) and size >= 0)
-    if math.prod(shape) != math.prod(info.shape):
-        raise FormatError(
-            f"{info.name:.100} of shape {info.shape} cannot be of {given!r:.60}",
-            hint="download the file again, or convert the model again",
-        )
-    return shape
 
 
 def _requantised(outputs: Iterable[Output]) -> Iterable[str]:
@@ -284,12 +255,14 @@ def _requantised(outputs: Iterable[Output]) -> Iterable[str]:
     return _counted(names, "{} decoded from packed weights, which have lost precision before: {}")
 
 
-def _unpacked(outputs: Iterable[Output], form: Format) -> Iterable[str]:
+def _unpacked(outputs: Iterable[Output], form: Format, spared: tuple[str, ...]) -> Iterable[str]:
     """Matrices that would be packed, if their rows were whole blocks."""
     names = [
         o.name
         for o in outputs
-        if o.dtype == DTYPES["BF16"] != form.matrix and form.dtype(o.shape) == o.dtype
+        if _is_number(o.source)
+        and form.dtype(o.shape) not in {form.matrix, form.other}
+        and not matches(o.name, spared)
     ]
     return _counted(names, f"{{}} not {form.name}, as their rows are no whole blocks of it: {{}}")
 

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -24,24 +23,27 @@ import torch
 from torch import Tensor
 
 from distorch.convert.asked import is_packed
-from distorch.convert.recipe import SHAPE_KEY, Output, Recipe, recipe_for
-from distorch.errors import MissingExtraError, ModelError, StorageError
+from distorch.convert.recipe import Output, Recipe, recipe_for
+from distorch.convert.shapes import SHAPE_KEY
+from distorch.errors import StorageError
 from distorch.files import replacing
 from distorch.formats import DTYPES, Checkpoint, open_checkpoint
 from distorch.quant.block_formats import block_format
 from distorch.quant.dequantize import dequantize
+from distorch.quant.quantize import Encode, encoder
 
 __all__ = ["Converted", "convert"]
 
 _CHUNK_ELEMENTS: Final = 1 << 22  # 16 MiB as float32
 _ALIGNMENT: Final = gguf.GGUF_DEFAULT_ALIGNMENT
-_DENSE: Final = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+_LARGEST: Final = {
+    "F32": torch.finfo(torch.float32).max,
+    "F16": torch.finfo(torch.float16).max,
+    "BF16": torch.finfo(torch.bfloat16).max,
+    "F8_E4M3": torch.finfo(torch.float8_e4m3fn).max,
+    "F8_E5M2": torch.finfo(torch.float8_e5m2).max,
 }
+"""The dense dtypes that weights are stored in, and the largest number of each."""
 _ELEMENTS: Final = np.dtype(np.float32)  # tells gguf that a shape counts elements, not bytes
 _MAX_CONFIG_BYTES: Final = 1 << 20
 
@@ -50,10 +52,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class Converted:
-    """What was written, and what is wrong with it: weights that are no numbers, by tensor.
+    """What was written, and what is wrong with it: weights that are no numbers now, by tensor.
 
     ``nonfinite`` counts those that the source has, ``overflowed`` those that the format is too
-    narrow for: they are infinite or NaN in the new file only.
+    narrow for: torch's cast made them its largest number, infinite or NaN, by dtype and version.
     """
 
     recipe: Recipe
@@ -196,44 +198,12 @@ def _begin_safetensors(file: BinaryIO, recipe: Recipe) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
 
 
-Encode = Callable[[Tensor], Tensor]
-"""Stores a run of float32 weights, whole blocks of them, as bytes."""
-
-
 def _encoder(name: str) -> Encode | None:
     """Return what stores weights in a dtype; None for one that is only copied."""
-    if (dtype := _DENSE.get(name)) is not None:
-        return lambda weights: weights.to(dtype).view(torch.uint8)
-    return _packer(name) if is_packed(name) else None
-
-
-def _packer(name: str) -> Encode:
-    """Return what packs weights, on all cores, in the bits of ggml's own quantiser."""
-    try:
-        libgguf = import_module("libgguf")
-    except ImportError as error:
-        raise MissingExtraError(
-            f"packing weights as {name} needs libgguf, which is not installed",
-            hint='pip install "distorch[convert]"',
-        ) from error
-    kind, dtype = libgguf.GGMLQuantizationType[name], DTYPES[name]
-    if not libgguf.row_size(kind, dtype.block_elements):
-        raise ModelError(f"libgguf cannot pack weights as {name}", hint="--format Q4_K")
-    if libgguf.quantize_requires_imatrix(kind):
-        raise ModelError(
-            f"{name} needs a measurement of which weights matter, which is not known here",
-            hint="--format IQ2_S, or another",
-        )
-
-    def pack(weights: Tensor) -> Tensor:
-        num_blocks = weights.numel() // dtype.block_elements
-        packed = torch.empty(num_blocks * dtype.block_bytes, dtype=torch.uint8)
-        libgguf.quantize_rows_into_raw(
-            kind, weights.numpy(), packed.numpy(), num_blocks, dtype.block_elements
-        )
-        return packed
-
-    return pack
+    if name not in _LARGEST and not is_packed(name):
+        return None
+    block_format(name)  # which can also be decoded again
+    return encoder(name)
 
 
 def _write_tensors(
@@ -273,16 +243,22 @@ def _chunks(output: Output) -> Iterator[Tensor]:
 def _stored(raw: Tensor, output: Output, encode: Encode | None, done: Converted) -> Tensor:
     """Return the bytes that take the place of ``raw``, and count what is not finite."""
     source, stored = output.source.dtype, output.dtype.name
-    if output.is_copy and source not in _DENSE:
+    if output.is_copy and source not in _LARGEST:
         return raw
     weights = _decoded(raw, source)
-    num_nonfinite = _count_nonfinite(weights)
+    num_nonfinite = _count_beyond(weights, _LARGEST["F32"])
     done.nonfinite[output.name] += num_nonfinite
     if output.is_copy:
         return raw
     assert encode is not None, f"{source} became {stored}"
-    encoded = encode(weights)
-    done.overflowed[output.name] += _count_nonfinite(_decoded(encoded, stored)) - num_nonfinite
+    encoded = encode(weights.view(-1, output.dtype.block_elements))
+    if stored in _LARGEST:
+        num_beyond = _count_beyond(weights, _LARGEST[stored]) - num_nonfinite
+    elif num_nonfinite:
+        num_beyond = 0  # a scale of a block that has NaN says nothing of the others
+    else:
+        num_beyond = _count_beyond(_decoded(encoded, stored), _LARGEST["F32"])
+    done.overflowed[output.name] += num_beyond
     return encoded
 
 
@@ -292,7 +268,9 @@ def _decoded(raw: Tensor, name: str) -> Tensor:
     return dequantize(raw, form, out)
 
 
-def _count_nonfinite(weights: Tensor) -> int:
-    if weights.sum().isfinite():  # no sum is finite with one that is not: one quick pass
+def _count_beyond(weights: Tensor, limit: float) -> int:
+    """Count the weights that are larger than ``limit``, either way, or NaN."""
+    low, high = weights.aminmax()  # NaN if there is one: one quick pass for all that is well
+    if -limit <= low and high <= limit:
         return 0
-    return weights.numel() - int(weights.isfinite().sum())
+    return weights.numel() - int((weights.abs() <= limit).sum())

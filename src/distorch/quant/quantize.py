@@ -64,7 +64,7 @@ def _by_numpy(kind: gguf.GGMLQuantizationType, error: ImportError) -> Encode:
     except NotImplementedError:
         raise MissingExtraError(
             f"packing weights as {kind.name} needs libgguf, which is not installed",
-            hint="pip install libgguf",
+            hint='pip install "distorch[convert]"',
         ) from error
     return lambda weights: torch.from_numpy(
         gguf.quants.quantize(weights.numpy(), kind).reshape(-1).view("u1")
