@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from distorch.integrations.attach import Handle, distribute, plan_for
+from distorch.integrations.comfyui.in_comfy.baking import baked_keys, bakes_anew
 from distorch.integrations.comfyui.in_comfy.classic import classic
 from distorch.integrations.comfyui.in_comfy.ordinary import make_ordinary
 from distorch.integrations.comfyui.in_comfy.room import fitted, machine_for, plan_within
@@ -113,7 +114,7 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         as asked.
         """
         placed = _placed(self.model)
-        if placed is not None and placed.request != self.request:
+        if placed is not None and (placed.request != self.request or bakes_anew(self)):
             self._bring_back()
             placed = None
         result = super().load(device_to, _NOTHING, False, False, **more)
@@ -235,11 +236,8 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     def _bake(self) -> None:
         """Apply LoRA to the weights of layers that take no functions; ComfyUI keeps a backup."""
-        for key in self.patches:
-            path, _, name = key.rpartition(".")
-            owner = self.model.get_submodule(path) if path else self.model
-            if name not in {"weight", "bias"} or not hasattr(owner, "comfy_cast_weights"):
-                self.patch_weight_to_device(key)
+        for key in baked_keys(self):
+            self.patch_weight_to_device(key)
 
 
 _CLASSES: dict[type, type] = {comfy.model_patcher.ModelPatcher: DistributedPatcher}
