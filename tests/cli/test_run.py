@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import distorch
+from distorch.cli.run import _by_decoder
 from distorch.plan.plan import Placement
 from tests.cli.make import invoke, start, tiny_llama
 
@@ -29,6 +30,7 @@ KEYS = {
     "transfer_hidden",
     "link_bytes_per_second",
     "E",
+    "decoders",
 }
 
 
@@ -54,6 +56,7 @@ def test_json_says_everything(llama: Path) -> None:
     assert said["bytes_by_tier"] == {"cpu": 0, "disk": said["model_bytes"]}
     assert said["peak_weight_bytes"] == said["ring_bytes"]
     assert said["E"] is not None
+    assert said["decoders"] == {}  # bfloat16 is not packed
 
 
 def test_where_nothing_streams_nothing_is_said_of_it(llama: Path) -> None:
@@ -88,6 +91,12 @@ def test_a_person_reads_text_and_a_table(llama: Path) -> None:
     assert len(text.split()) == 6
     for row in ("allocation", "model", "cpu", "disk", "ring", "peak weight", "transfer hid", "E "):
         assert f"\n{row}" in f"\n{table}"
+    assert "decoding" not in table
+
+
+def test_what_decodes_is_named_and_the_slow_way_called_so() -> None:
+    decoders = {"IQ2_S": "torch", "Q4_K": "C kernel", "Q6_K": "C kernel"}
+    assert _by_decoder(decoders) == "IQ2_S by torch (slower); Q4_K, Q6_K by C kernel"
 
 
 def test_an_interrupted_run_ends_with_130_and_leaves_nothing(llama: Path, tmp_path: Path) -> None:
@@ -134,6 +143,7 @@ def test_the_demo_runs_in_64_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said = done.json
     assert said["text"].strip()
     assert said["bytes_by_tier"]["cpu"] <= 64 << 20
+    assert sorted(said["decoders"]) == ["Q4_K", "Q5_0", "Q6_K", "Q8_0"]
     foretold = distorch.Plan.from_json(
         json.dumps(invoke("plan", "demo", *line, "--json").json["plan"])
     )

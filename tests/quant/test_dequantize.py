@@ -17,7 +17,7 @@ import torch
 from distorch.quant import dequantize as dequantize_module
 from distorch.quant import native
 from distorch.quant.block_formats import BLOCK_FORMATS
-from distorch.quant.dequantize import decoder_of, dequantize, scratch
+from distorch.quant.dequantize import decoder_of, decoders_of, dequantize, scratch
 from tests.quant.make import (
     DENSE,
     ORACLE,
@@ -245,3 +245,10 @@ def test_scratch_is_handed_out_again_and_grows() -> None:
     assert scratch(first.untyped_storage().nbytes() // 4 + 1).data_ptr() != first.data_ptr()
     assert (first.dtype, scratch(7, torch.float16).dtype) == (torch.float32, torch.float16)
     assert scratch(7).shape == (7,)
+
+
+def test_decoders_are_named_for_packed_formats_only() -> None:
+    stored = ["Q8_0", "F32", "IQ2_S", "I64", "BF16", "F8_E4M3", "Q8_0"]
+    found = decoders_of(stored, "cpu", torch.bfloat16)
+    assert list(found) == ["F8_E4M3", "IQ2_S", "Q8_0"]
+    assert found == {name: decoder_of(BLOCK_FORMATS[name], "cpu", torch.bfloat16) for name in found}
