@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -154,7 +155,7 @@ class Handle:
         self._executor: Executor | None = None
         self._machine: Machine | None = None
         self._steps_of = module if steps_of is None else steps_of
-        self.loras = Loras(module, lambda: self.plan, self._rest)
+        self.loras = Loras(module, weakref.proxy(self))
 
     def stats(self) -> Stats:
         """Return the counters of the run so far.
@@ -284,7 +285,7 @@ class Handle:
             hint="distorch.handle_of(model).remove() first",
         )
 
-    def _rest(self, adapters: nn.Module, allocation: str | Allocation) -> Handle:
+    def place(self, adapters: nn.Module, allocation: str | Allocation) -> Handle:
         """Distribute a LoRA's own weights, for passes of this module."""
         tree = describe(adapters)
         tree = replace(tree, root=whole(tree.root))  # thin matrices: runs of rows may differ

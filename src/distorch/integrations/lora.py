@@ -51,6 +51,15 @@ class Placed(Protocol):
         """Let go of them."""
 
 
+class Host(Protocol):
+    """The handle of the module that LoRAs are added to."""
+
+    plan: Plan
+
+    def place(self, adapters: nn.Module, allocation: str | Allocation) -> Placed:
+        """Distribute adapters, whose steps are the module's."""
+
+
 class Lora:
     """One LoRA: ``targets`` are the modules it changes, ``plan`` says where its own weights rest.
 
@@ -67,7 +76,7 @@ class Lora:
         remove: Callable[[Lora], None],
     ) -> None:
         self.name, self.targets, self.elsewhere = name, targets, elsewhere
-        self.placed = placed
+        self._placed: Placed | None = placed
         self._remove = remove
         self._strength = strength
 
@@ -81,6 +90,17 @@ class Lora:
         self._strength = _checked(value)
 
     @property
+    def placed(self) -> Placed:
+        """Its own weights, distributed.
+
+        Raises:
+            ModelError: it was removed.
+        """
+        if self._placed is None:
+            raise ModelError(f"the LoRA {self.name!r} was removed", hint="handle.add_lora(path)")
+        return self._placed
+
+    @property
     def plan(self) -> Plan:
         """Where its own weights rest."""
         return self.placed.plan
@@ -91,26 +111,19 @@ class Lora:
 
     def remove(self) -> None:
         """Take it off; a second time does nothing."""
-        self._remove(self)
+        if self._placed is not None:
+            self._remove(self)
+            self._placed = None
 
     def __repr__(self) -> str:
         return f"<Lora {self.name!r} x {self.strength:g} on {len(self.targets)} modules>"
 
 
 class Loras(Mapping[str, Lora]):
-    """The LoRAs of a distributed module by name, in the order in which they were added.
+    """The LoRAs of a distributed module by name, in the order in which they were added."""
 
-    ``rest`` distributes a module whose children are adapters, by a line; ``plan`` returns the
-    module's own plan.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        plan: Callable[[], Plan],
-        rest: Callable[[nn.Module, str | Allocation], Placed],
-    ) -> None:
-        self._module, self._plan, self._rest = module, plan, rest
+    def __init__(self, module: nn.Module, host: Host) -> None:
+        self._module, self._host = module, host
         self._loras: dict[str, Lora] = {}
         self._lines: dict[str, str | Allocation | None] = {}
         self._hooks: dict[str, _Hook] = {}
@@ -158,15 +171,15 @@ class Loras(Mapping[str, Lora]):
 
     def follow(self, machine: Machine | None) -> None:
         """Rest them by the module's new plan; those with a line of their own stay, if they can."""
-        plan = self._plan()
+        plan = self._host.plan
         for name, lora in self._loras.items():
             stays = self._lines[name] is not None and lora.plan.compute == plan.compute
             if not stays:
                 lora.placed.rebudget(_like(plan), machine=machine)
 
     def _place(self, adapters: nn.Module, allocation: str | Allocation | None) -> Placed:
-        plan = self._plan()
-        placed = self._rest(adapters, _like(plan) if allocation is None else allocation)
+        plan = self._host.plan
+        placed = self._host.place(adapters, _like(plan) if allocation is None else allocation)
         computes = placed.plan.compute
         if computes != plan.compute:
             placed.discard()
@@ -221,8 +234,6 @@ class Loras(Mapping[str, Lora]):
             raise ModelError(f"{name}: {error.problem}", hint=error.hint) from error
 
     def _take_off(self, lora: Lora) -> None:
-        if self._loras.get(lora.name) is not lora:
-            return
         del self._loras[lora.name], self._lines[lora.name]
         for name in lora.targets:
             hook = self._hooks[name]
