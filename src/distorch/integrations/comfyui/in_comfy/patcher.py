@@ -76,7 +76,8 @@ def handle_in(patcher: Any) -> Handle | None:
 class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
     """A `ModelPatcher` whose weights rest where ``request`` says while the model is loaded."""
 
-    request: Request
+    # of a clone that is not ready yet: older versions ask for its size while they make it
+    request = Request(allocation="auto")
     _is_reloading = False
     _is_dying = False
 
