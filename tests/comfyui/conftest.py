@@ -74,7 +74,8 @@ def started(
         (base / folder).mkdir()
     (base / "custom_nodes" / "distorch").symlink_to(_ROOT)
     here = Path(__file__).parent
-    shutil.copy(here / "helper_pack.py", base / "custom_nodes")
+    for pack in ("helper_pack.py", "small_encoders.py"):
+        shutil.copy(here / pack, base / "custom_nodes")
     if environment:
         shutil.copytree(here / "device_pack", base / "custom_nodes" / "device_pack")
     make_models(base / "models")

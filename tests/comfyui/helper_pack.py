@@ -73,6 +73,48 @@ class SaveSamples(_Saver):
         return {"samples": it["samples"]}
 
 
+class SaveVision(_Saver):
+    KIND = "CLIP_VISION_OUTPUT"
+
+    def tensors(self, it: Any) -> dict[str, torch.Tensor]:
+        names = ("last_hidden_state", "image_embeds", "penultimate_hidden_states")
+        return {name: it[name] for name in names}
+
+
+class TextAfter:
+    """A text that waits for a latent, so that a loader comes after a sampler."""
+
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        return {"required": {"after": ("LATENT",), "text": ("STRING", {})}}
+
+    def run(self, after: Any, text: str) -> Any:  # noqa: ARG002 (it only comes first)
+        return (text,)
+
+
+class SaveLoaded:
+    """Writes which models ComfyUI has loaded when a loader has run."""
+
+    RETURN_TYPES: tuple[str, ...] = ()
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        return {"required": {"after": ("MODEL",), "name": ("STRING", {})}}
+
+    def run(self, after: Any, name: str) -> Any:  # noqa: ARG002 (it only comes first)
+        import comfy.model_management
+
+        loaded = [type(it.model).__name__ for it in comfy.model_management.loaded_models()]
+        path = Path(folder_paths.get_output_directory()) / f"{name}.json"
+        path.write_text(json.dumps(loaded), encoding="utf-8")
+        return {}
+
+
 class SavePlacement:
     """Writes where a model rests, after the latent is there; and how often it was placed."""
 
@@ -158,6 +200,9 @@ NODE_CLASS_MAPPINGS = {
         SaveConditioning,
         SavePixels,
         SaveSamples,
+        SaveVision,
+        TextAfter,
+        SaveLoaded,
         SavePlacement,
         LTXVLoader,
         LoadWanVideoT5TextEncoder,
