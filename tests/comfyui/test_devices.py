@@ -200,7 +200,6 @@ def test_it_goes_back_to_the_line_when_there_is_room_again(here: Server, flux: s
     give_room(here, cards[0] - 1)
     here.run(lined(model, "ours", next(_seeds)))
     assert 0 < live(here)[0] < cards[0]
-    assert live(here)[1:] != cards[1:] or planned["vgpu:0"] == 0
     give_room(here, _PLENTY)
     here.run(lined(model, "ours", next(_seeds)))
     assert live(here) == cards

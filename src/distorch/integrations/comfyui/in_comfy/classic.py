@@ -7,7 +7,7 @@ from typing import Any
 import comfy.model_management
 from torch import nn
 
-__all__ = ["classic"]
+__all__ = ["classic", "settle"]
 
 
 def classic(patcher: Any) -> Any:
@@ -25,7 +25,7 @@ def classic(patcher: Any) -> Any:
         )
     else:
         twin = _reloaded(patcher)
-    _settle(twin.model)
+    settle(twin.model)
     return twin
 
 
@@ -41,7 +41,7 @@ def _reloaded(patcher: Any) -> Any:
     return twin
 
 
-def _settle(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
     """Give weights that were taken from the file as they are the dtypes of their layers."""
     for module in model.modules():
         for name, weight in module._parameters.items():

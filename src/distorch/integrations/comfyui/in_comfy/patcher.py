@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_patcher
@@ -20,7 +20,7 @@ from torch import nn
 
 from distorch.integrations.attach import Handle, distribute, plan_for
 from distorch.integrations.comfyui.in_comfy.baking import baked_keys, bakes_anew
-from distorch.integrations.comfyui.in_comfy.classic import classic
+from distorch.integrations.comfyui.in_comfy.classic import classic, settle
 from distorch.integrations.comfyui.in_comfy.ordinary import make_ordinary
 from distorch.integrations.comfyui.in_comfy.room import fitted, machine_for, plan_within
 from distorch.integrations.request import Request
@@ -62,7 +62,7 @@ def adopt(
         plan = plan_for(_module(twin.model), request, machine_for(request))
     else:
         plan = placed.handle.plan_as(request, machine_for(request))
-    twin.load_device = torch.device(plan.compute)
+    twin.load_device = twin.computes_on = torch.device(plan.compute)
     twin.size = plan.held_bytes
     return twin
 
@@ -78,6 +78,7 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     # of a clone that is not ready yet: older versions ask for its size while they make it
     request = Request(allocation="auto")
+    computes_on: torch.device
     _is_reloading = False
     _is_dying = False
 
@@ -91,7 +92,7 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         """Return a twin that shares the model, and where its weights rest."""
         twin = super().clone(*args, **kwargs)
-        twin.request = self.request
+        twin.request, twin.computes_on = self.request, self.computes_on
         return twin
 
     def model_size(self) -> int:
@@ -114,6 +115,8 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         If it has less room than was asked for, they are placed within that; once it has enough,
         as asked.
         """
+        if self.load_device != self.computes_on:
+            self._follow()
         placed = _placed(self.model)
         if placed is not None and (placed.request != self.request or bakes_anew(self)):
             self._bring_back()
@@ -212,6 +215,14 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         else:
             self.model.distorch_placed = None
             placed.handle.discard()
+
+    def _follow(self) -> None:
+        """Compute where a node of ComfyUI's has sent the model, which it may have loaded anew."""
+        plan, device = self.request.allocation, str(self.load_device)
+        line = plan.allocation if isinstance(plan, Plan) else plan
+        self.request = replace(self.request, allocation=line, compute=device)
+        self.computes_on = self.load_device
+        settle(self.model)
 
     def _place(self, room_bytes: int | None) -> _Placed:
         """Place the weights as asked, within the room that there is; None: all."""
