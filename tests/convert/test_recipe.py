@@ -65,6 +65,21 @@ def test_matrices_are_packed_and_all_that_is_delicate_is_not() -> None:
     assert found.outputs[3].shape == (512, 16, 1, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("ltxv", "transformer_blocks.0.scale_shift_table"),
+        ("hidream", "double_stream_blocks.0.block.ff_i.gate.weight"),
+        ("wan", "blocks.0.modulation"),
+        ("WanTransformer3DModel", "blocks.0.scale_shift_table"),
+    ],
+)
+def test_parameters_that_no_loader_decodes_are_single_precision(model: str, name: str) -> None:
+    specs: dict[str, Spec] = {name: ("BF16", (6, 512))}
+    found = recipe_for(checkpoint(specs), Path("o.gguf"), "Q4_K", architecture=model)
+    assert stored(found) == {name: "F32"}
+
+
 def test_models_of_convolutions_are_folded_with_their_shapes_beside() -> None:
     outputs = {output.name: output for output in recipe(SD, "Q5_K").outputs}
     folded = outputs["input_blocks.1.0.in_layers.2.weight"]
