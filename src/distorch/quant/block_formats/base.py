@@ -18,7 +18,16 @@ from torch import Tensor
 
 from distorch.errors import ModelError
 
-__all__ = ["BLOCK_FORMATS", "BlockFormat", "bits", "block_format", "fields", "half", "typed"]
+__all__ = [
+    "BLOCK_FORMATS",
+    "BlockFormat",
+    "bits",
+    "block_format",
+    "fields",
+    "half",
+    "look_up",
+    "typed",
+]
 
 BLOCK_FORMATS: dict[str, type[BlockFormat]] = {}
 
@@ -91,3 +100,12 @@ def bits(packed: Tensor, width: int = 1) -> Tensor:
     [[1, 2, 3, 4]]
     """
     return fields(packed, width).transpose(1, 2).flatten(1)
+
+
+def look_up(values: Tensor, index: Tensor) -> Tensor:
+    """Return the value that each number stands for: ``values[index]``, several times as fast.
+
+    >>> look_up(torch.tensor([0.0, 0.5]), torch.tensor([[1, 0]], dtype=torch.uint8))
+    tensor([[0.5000, 0.0000]])
+    """
+    return values.index_select(0, index.flatten().int()).view(index.shape)

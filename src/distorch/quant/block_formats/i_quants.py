@@ -11,9 +11,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
-from distorch.quant.block_formats.base import BlockFormat, bits, fields, half, typed
+from distorch.quant.block_formats.base import BlockFormat, bits, fields, half, look_up, typed
 
 __all__: list[str] = []
 
@@ -40,8 +41,15 @@ def _values(device: torch.device) -> Tensor:
 @cache
 def _even_signs(device: torch.device) -> Tensor:
     """8 signs for each number of 7 bits: the eighth makes the count of minus signs even."""
-    flags = torch.tensor(list(_quants().IQ2_XXS.ksigns), dtype=torch.uint8, device="cpu")
-    return _kept(_signs(flags.view(-1, 1)), device)
+    index = torch.tensor(list(_quants().IQ2_XXS.ksigns), dtype=torch.int32, device=device)
+    return _kept(F.embedding(index, _all_signs(device)), device)
+
+
+@cache
+def _all_signs(device: torch.device) -> Tensor:
+    """8 signs for each byte: -1 where a bit is set."""
+    flags = torch.arange(256, dtype=torch.uint8, device=device).view(-1, 1)
+    return _kept(1 - 2 * bits(flags).float(), device)
 
 
 def _kept(values: object, device: torch.device) -> Tensor:
@@ -50,8 +58,8 @@ def _kept(values: object, device: torch.device) -> Tensor:
 
 
 def _signs(flags: Tensor) -> Tensor:
-    """One sign for each bit: -1 where it is set."""
-    return 1 - 2 * bits(flags).float()
+    """One sign for each bit of ``(n, k)``: ``(n, k, 8)``."""
+    return F.embedding(flags.int(), _all_signs(flags.device))
 
 
 def _words(blocks: Tensor) -> Tensor:
@@ -66,12 +74,12 @@ def _shorts(blocks: Tensor) -> Tensor:
 def _sevens(words: Tensor) -> Tensor:
     """Look up the 4 x 7 sign bits of each word: ``(n, 4 * words, 8)``."""
     index = torch.stack([words >> at & 127 for at in (0, 7, 14, 21)], dim=-1)
-    return _even_signs(words.device)[index.reshape(words.shape[0], -1)]
+    return F.embedding(index.flatten(1), _even_signs(words.device))
 
 
 def _of_grid(name: str, index: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
     """Multiply grid rows ``(n, rows)`` by their groups' scales ``(n, groups)`` and their signs."""
-    groups = _grid(name, index.device)[index.int()].view(*scale.shape, -1)
+    groups = F.embedding(index.int(), _grid(name, index.device)).view(*scale.shape, -1)
     return (scale.unsqueeze(-1) * groups).flatten(1) * signs.flatten(1)
 
 
@@ -97,7 +105,8 @@ class IQ2_XS(BlockFormat):  # noqa: N801  the format's own name
     def decode(blocks: Tensor) -> Tensor:
         words = _shorts(blocks[:, 2:66])
         scale = half(blocks, 0) * (0.5 + bits(blocks[:, 66:], 4).float()) * 0.25
-        return _of_grid("IQ2_XS", words & 511, scale, _even_signs(blocks.device)[words >> 9])
+        signs = F.embedding(words >> 9, _even_signs(blocks.device))
+        return _of_grid("IQ2_XS", words & 511, scale, signs)
 
 
 class IQ2_S(BlockFormat):  # noqa: N801  the format's own name
@@ -139,7 +148,7 @@ class IQ3_S(BlockFormat):  # noqa: N801  the format's own name
 def _shifted_grid(index: Tensor, scale: Tensor, is_below: Tensor) -> Tensor:
     """Move ternary grid rows by an eighth, down where said, then multiply by the groups' scales."""
     delta = 0.125 - 0.25 * is_below.float()
-    rows = _grid("IQ1_S", index.device)[index]
+    rows = F.embedding(index, _grid("IQ1_S", index.device))
     moved = rows.view(*delta.shape, -1) + delta.unsqueeze(-1)
     return (moved.flatten(1).view(*scale.shape, -1) * scale.unsqueeze(-1)).flatten(1)
 
@@ -183,7 +192,7 @@ class IQ4_NL(BlockFormat):  # noqa: N801  the format's own name
 
     @staticmethod
     def decode(blocks: Tensor) -> Tensor:
-        q = _values(blocks.device)[fields(blocks[:, 2:], 4).int()]
+        q = look_up(_values(blocks.device), fields(blocks[:, 2:], 4))
         return q.reshape(-1, 32) * half(blocks, 0)
 
 
@@ -196,5 +205,5 @@ class IQ4_XS(BlockFormat):  # noqa: N801  the format's own name
     def decode(blocks: Tensor) -> Tensor:
         scales = bits(blocks[:, 4:8], 4) | bits(blocks[:, 2:4], 2) << 4
         scale = half(blocks, 0) * (scales.to(torch.int8) - 32).float()
-        q = _values(blocks.device)[fields(blocks[:, 8:].reshape(-1, 16), 4).int()]
+        q = look_up(_values(blocks.device), fields(blocks[:, 8:].reshape(-1, 16), 4))
         return (scale.unsqueeze(-1) * q.reshape(-1, 8, 32)).reshape(-1, 256)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distorch.quant.block_formats.base import BlockFormat, fields
+from distorch.quant.block_formats.base import BlockFormat, fields, look_up
 
 __all__: list[str] = []
 
@@ -19,7 +19,7 @@ _E2M1_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 def _e2m1_twice(packed: Tensor) -> Tensor:
     """Look the nibbles of ``(n, k)`` up: ``(n, 2, k)``."""
     values = torch.tensor(_E2M1_TWICE, dtype=torch.float32, device=packed.device)
-    return values[fields(packed, 4).int()]
+    return look_up(values, fields(packed, 4))
 
 
 class MXFP4(BlockFormat):
