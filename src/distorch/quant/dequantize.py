@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from distorch.quant.block_formats import BLOCK_FORMATS, BlockFormat
+from distorch.quant.choice import GPUS, agrees, gpu_decoder, is_fused
 from distorch.quant.native import Kernel, kernel
 
 __all__ = ["decoder_of", "decoders_of", "dequantize", "scratch"]
 
 _TILE_ELEMENTS = 1 << 20  # torch decodes through temporaries: small ones stay in the cache
 _DEVICE_TILE_ELEMENTS = 1 << 25  # on a device, launches cost more than temporaries
-_PROBE_BLOCKS = 256
-_PROBE_ELEMENTS = 1 << 13
 
 
 class _Scratch(threading.local):
@@ -57,8 +56,8 @@ def dequantize(packed: Tensor, form: type[BlockFormat], out: Tensor) -> Tensor:
     """
     if packed.device.type == "cpu":
         _decode_on_host(packed, form.name, out)
-    elif packed.device.type == "vgpu":
-        torch.ops.distorch.decode(packed, form.name, out)  # its streams queue what torch calls
+    elif packed.device.type in GPUS | {"vgpu"}:
+        torch.ops.distorch.decode(packed, form.name, out)  # vgpu's streams queue what torch calls
     else:
         _decode_by_torch(packed, form, out)
     return out
@@ -67,12 +66,16 @@ def dequantize(packed: Tensor, form: type[BlockFormat], out: Tensor) -> Tensor:
 def decoder_of(
     form: type[BlockFormat], device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> str:
-    """Name what decodes a format on a device: ``C kernel`` or ``torch``, which is slower.
+    """Name what decodes a format on a device: a kernel or ``torch``, which is slower.
 
     >>> decoder_of(BLOCK_FORMATS["IQ2_S"], "cpu")
     'torch'
     """
-    on_host = torch.device(device).type in {"cpu", "vgpu"}
+    place = torch.device(device)
+    if place.type in GPUS and gpu_decoder(form.name, place, dtype) is not None:
+        fused = is_fused(form.name, place, dtype)
+        return "Triton kernel, fused for few rows" if fused else "Triton kernel"
+    on_host = place.type in {"cpu", "vgpu"}
     return "C kernel" if on_host and _trusted_kernel(form.name, dtype) else "torch"
 
 
@@ -97,6 +100,14 @@ def _decode_on_host(packed: Tensor, name: str, out: Tensor) -> None:
         native(packed.data_ptr(), out.data_ptr(), packed.numel() // form.nbytes)
 
 
+def _decode_on_gpu(packed: Tensor, name: str, out: Tensor) -> None:
+    decode = gpu_decoder(name, packed.device, out.dtype)
+    if decode is None:
+        _decode_by_torch(packed, BLOCK_FORMATS[name], out)
+    else:
+        decode(packed, out)
+
+
 def _decode_by_torch(packed: Tensor, form: type[BlockFormat], out: Tensor) -> None:
     num_blocks = packed.numel() // form.nbytes
     blocks, decoded = packed.view(num_blocks, form.nbytes), out.view(num_blocks, form.elements)
@@ -109,6 +120,9 @@ def _decode_by_torch(packed: Tensor, form: type[BlockFormat], out: Tensor) -> No
 
 torch.library.define("distorch::decode", "(Tensor packed, str form, Tensor(a!) out) -> ()")
 torch.library.impl("distorch::decode", "CPU", _decode_on_host)
+for _device_type in GPUS:
+    torch.library.impl("distorch::decode", _device_type.upper(), _decode_on_gpu)
+torch.library.register_fake("distorch::decode", lambda *_: None)  # torch.compile: it only writes
 
 
 @cache
@@ -117,14 +131,8 @@ def _trusted_kernel(name: str, dtype: torch.dtype) -> Kernel | None:
     native, form = kernel(name, dtype), BLOCK_FORMATS[name]
     if native is None:
         return None
-    num_blocks = max(_PROBE_BLOCKS, _PROBE_ELEMENTS // form.elements)
-    with torch.inference_mode(mode=False), torch.device("cpu"):
-        mixed = torch.arange(num_blocks * form.nbytes, dtype=torch.int64) * 2654435761 >> 13
-        blocks = (mixed & 255).to(torch.uint8).view(num_blocks, form.nbytes)
-        decoded = torch.empty(num_blocks, form.elements, dtype=dtype)
-        native(blocks.data_ptr(), decoded.data_ptr(), num_blocks)
-        expected = form.decode(blocks).to(dtype)
-        as_bits = torch.int32 if dtype == torch.float32 else torch.int16
-        same = decoded.view(as_bits) == expected.view(as_bits)
-        both_nan = decoded.isnan() & expected.isnan()  # a scale may be one, of any payload
-    return native if bool((same | both_nan).all()) else None
+
+    def decode(packed: Tensor, out: Tensor) -> None:
+        native(packed.data_ptr(), out.data_ptr(), packed.numel() // form.nbytes)
+
+    return native if agrees(decode, form, "cpu", dtype) else None

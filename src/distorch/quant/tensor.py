@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from distorch.quant.block_formats import BlockFormat
+from distorch.quant.choice import GPUS, few_rows
 from distorch.quant.dequantize import dequantize, scratch
 from distorch.quant.lazy import LazyWeight
 from distorch.quant.scale import Scale
@@ -129,14 +130,22 @@ class QuantTensor(LazyWeight):
         return self._scaled(dequantize(self.packed, self.form, out)).to(self.compute_dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Decode and multiply; a single row of ``x`` does so tile by tile, in the cache.
+        """Decode and multiply; a single row of ``x`` does so tile by tile, in the CPU's cache.
+
+        On a GPU one kernel may do both for few rows, where it is asked for (``choice.py``).
 
         A matrix-vector product computes each output on its own, so tiles do not change a bit, as
         long as every thread gets whole groups of rows: the rows left over are added in another
         order. A matrix-matrix product may do so for any number of rows, and gets the weight whole.
         """
-        is_vector = x.numel() == self.columns and bias is None and self.packed.device.type == "cpu"
+        device_type = self.packed.device.type
         tracked = torch.is_grad_enabled() and x.requires_grad
+        plain = self.scale is None and x.dtype == self.compute_dtype and not tracked
+        if device_type in GPUS and plain:
+            y = few_rows(x, self.packed, self.form, bias)
+            if y is not None:
+                return y
+        is_vector = x.numel() == self.columns and bias is None and device_type == "cpu"
         unit = _TILE_ROW_MULTIPLE * torch.get_num_threads()
         tile = _TILE_ELEMENTS // self.columns // unit * unit
         if is_vector and not tracked and 0 < tile < self.rows and self.rows % unit == 0:
