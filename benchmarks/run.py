@@ -13,6 +13,7 @@ import dequantize
 import disk
 import foretold
 import links
+import lora
 import main_job
 import published
 import typer
@@ -31,6 +32,7 @@ _BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "foretold": foretold.foretold,
     "residency": foretold.residency,
     "links": links.run,
+    "lora": lora.run,
     "gpu": gpu,
 }
 _GROUPS = {"main": ["loading", "decoding", "capped"]}

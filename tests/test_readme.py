@@ -82,7 +82,7 @@ def commands(name: str) -> list[list[str]]:
 
 
 def test_the_readme_has_examples() -> None:
-    assert [len(examples(about)) for about in ("plain", "demo", "vgpu")] == [1, 1, 1]
+    assert [len(examples(about)) for about in ("plain", "demo", "vgpu")] == [2, 1, 1]
 
 
 def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -467,35 +467,3 @@ class TestErrors:
         handle.remove()
         with pytest.raises(ModelError, match="was removed"):
             handle.add_lora(first())
-
-
-@pytest.mark.parametrize("line", LINES)
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_peft_itself_works_on_a_distributed_module(line: str, *, use_dora: bool) -> None:
-    """Its wrappers call the modules that carry our hooks; DoRA reads their weights besides."""
-    config = peft.LoraConfig(
-        r=RANK, target_modules=["conv", "layers.0", "layers.2"], use_dora=use_dora
-    )
-    tensors: dict[str, Tensor] = {}
-    results = []
-    for distribute in (False, True):
-        torch.manual_seed(3)
-        module = Net()
-        handle = distributed(module, line) if distribute else None
-        wrapped = peft.inject_adapter_in_model(config, module)
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                tensors.setdefault(name, 0.1 * torch.randn_like(parameter))
-                parameter.data = tensors[name].clone()
-        results.append(run(wrapped))
-    assert handle is not None
-    assert torch.equal(*results)
-    before = handle.stats()
-    assert torch.equal(run(wrapped), results[0])
-    after = handle.stats()
-    if not use_dora:
-        assert after.num_unplanned == before.num_unplanned
-    handle.rebudget("cpu,20%;disk,80%", machine=MACHINE)
-    assert torch.equal(run(wrapped), results[0])
-    handle.remove()
-    assert torch.equal(run(wrapped), results[0])
