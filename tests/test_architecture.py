@@ -45,6 +45,7 @@ TORCH_ROOMS = (
     "distorch.run.executor",
     "distorch.run.slots",
     "distorch.tiers.accelerator",
+    "distorch.tiers.cached",
     "distorch.tiers.host",
     "distorch.tiers.links",
     "distorch.tiers.memory",

@@ -20,6 +20,7 @@ from distorch.run.slots import open_slots
 from distorch.run.stats import Stats
 from distorch.tiers import Lying, Store
 from distorch.tiers.accelerator import AcceleratorTier
+from distorch.tiers.cached import CachedTier
 from distorch.tiers.host import HostTier
 from distorch.tiers.memory import allocate_pages, view_bytes
 from distorch.tiers.pinned import Pins
@@ -58,7 +59,7 @@ class Lease:
 
 
 class Executor:
-    """Serves the blocks of one plan to one compute thread.
+    """Serves the blocks of one plan to one compute thread; ``keep_stores`` leaves them open.
 
     >>> from distorch.plan.blocks import Block, Part
     >>> from distorch.plan.plan import Placement, Ring
@@ -74,17 +75,24 @@ class Executor:
     >>> executor.close()
     """
 
-    def __init__(self, plan: Plan, stores: Mapping[str, Store], pins: Pins | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stores: Mapping[str, Store],
+        pins: Pins | None = None,
+        *,
+        keep_stores: bool = False,
+    ) -> None:
         self.plan = plan
         self.device = torch.device(plan.compute)
         self._stores = stores
         resident = stores[plan.compute]
-        assert isinstance(resident, HostTier | AcceleratorTier), "resident blocks are in memory"
+        assert isinstance(resident, HostTier | AcceleratorTier | CachedTier), "they are in memory"
         self._resident = resident
         planned_bytes = plan.bytes_by_tier[plan.compute]
         assert self._resident.nbytes <= planned_bytes, "more rests on the device than planned"
         self._slots = open_slots(plan.ring, plan.compute, pins or Pins(self.device.type))
-        self._readers = Readers(plan, stores, self._slots)
+        self._readers = Readers(plan, stores, self._slots, keep_stores=keep_stores)
         self._finalizer = weakref.finalize(self, self._readers.close)
         self._step_began: float | None = None
 
@@ -184,7 +192,7 @@ class Executor:
         self._slots.wait()
 
     def close(self) -> None:
-        """Stop the readers and let go of every block, slot and file."""
+        """Stop the readers and let go of every slot, and of blocks and files that are not kept."""
         self._finalizer()
 
     def _read_once(self, block: int) -> Lease:

@@ -32,9 +32,12 @@ class Readers:
     A donor's threads start when it is first read from, and end with `close`.
     """
 
-    def __init__(self, plan: Plan, stores: Mapping[str, Store], slots: Slots) -> None:
+    def __init__(
+        self, plan: Plan, stores: Mapping[str, Store], slots: Slots, *, keep_stores: bool = False
+    ) -> None:
         self._plan = plan
         self._stores = stores
+        self._to_close = () if keep_stores else tuple(stores.values())
         self._slots = slots
         self._schedule = Schedule(order=plan.streamed_order, num_slots=plan.ring.num_slots)
         self._lies = [False] * plan.ring.num_slots
@@ -108,7 +111,7 @@ class Readers:
             raise ExecutorError("the model is no longer distributed", hint="distribute it again")
 
     def close(self) -> None:
-        """End the threads, then close the stores."""
+        """End the threads, then close the stores, unless they are kept."""
         with self._arrived:
             if self._closed:
                 return
@@ -127,7 +130,7 @@ class Readers:
             if thread is not threading.current_thread():
                 thread.join()
         self._slots.close()
-        for store in self._stores.values():
+        for store in self._to_close:
             store.close()
 
     def _wait_for(self, block: int) -> int:

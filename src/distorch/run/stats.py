@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 __all__ = ["Stats"]
 
@@ -28,6 +28,15 @@ class Stats:
     cached_bytes: int = 0
     transfer_seconds: float = 0.0
     waited_seconds: float = 0.0
+
+    def __add__(self, other: Stats) -> Stats:
+        """Return the counters of both.
+
+        >>> (Stats(num_steps=1) + Stats(num_steps=2)).num_steps
+        3
+        """
+        more = asdict(other)
+        return Stats(**{name: value + more[name] for name, value in asdict(self).items()})
 
     @property
     def transfer_hidden(self) -> float:

@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 
 import distorch
 from distorch.integrations.attach import Handle
+from distorch.tiers.host import HostTier
 
 MIB = 1 << 20
 PROMPTS = (  # as the model's tokenizer has them
@@ -128,6 +129,7 @@ def check_bytes(handle: Handle, line: dict[str, Any]) -> None:
     assert at_rest["cpu"] <= limit
     assert handle.weight_bytes == at_rest["cpu"] + plan.ring.nbytes
     resident = handle._running()._resident
+    assert isinstance(resident, HostTier)
     held = sum(memory.numel() for memory in resident._blocks.values())
     assert held == at_rest["cpu"], "what is allocated is what is counted"
 
