@@ -11,7 +11,7 @@ from typing import Final
 __all__ = ["Matches", "match_targets"]
 
 _MODEL: Final = (
-    r"(?:unet|prior_unet|transformer(?:_\d)?|diffusion_model|text_encoders?(?:_\d)?|te\d?)"  # codespell:ignore te
+    r"(?:unet|prior_unet|diffusion_model|transformer(?:_\d)?|t(?:e\d?|ext_encoders?(?:_\d)?))"
 )
 _PART: Final = re.compile(rf"lora_{_MODEL}_|{_MODEL}\.")
 """How a name begins that says which model of a pipeline it is for."""
