@@ -14,7 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-KINDS = ("Q8_0", "Q4_K", "Q6_K", "Q5_0", "F16", "BF16", "F32")
+KINDS = (
+    *("Q8_0", "Q4_K", "Q6_K", "Q5_0", "F16", "BF16", "F32"),
+    *("Q4_0", "Q5_K", "IQ4_XS", "IQ3_S"),
+)
 NUM_LAYERS, WIDTH, INNER, VOCABULARY = 2, 256, 512, 320
 
 
@@ -134,7 +137,8 @@ def as_llama_cpp_keeps_it(case: Case, name: str, weights: np.ndarray) -> np.ndar
 
 def quantised(weights: np.ndarray, kind: str) -> np.ndarray:
     weights = np.ascontiguousarray(weights, dtype=np.float32)
-    quantise = libgguf.quantize_rows if kind.endswith("K") else gguf.quants.quantize
+    by_libgguf = kind.endswith("K") or kind.startswith("IQ")
+    quantise = libgguf.quantize_rows if by_libgguf else gguf.quants.quantize
     return cast("np.ndarray", quantise(weights, gguf.GGMLQuantizationType[kind]))
 
 

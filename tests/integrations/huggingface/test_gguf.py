@@ -152,12 +152,9 @@ def reshape_a_tensor(content: dict[str, Any]) -> None:
     content["tensors"]["blk.1.ffn_down.weight"] = content["tensors"]["blk.0.attn_q.weight"]
 
 
-def use_a_format_not_known_yet(content: dict[str, Any]) -> None:
-    weights = np.ones((WIDTH, INNER), np.float32)
-    content["tensors"]["blk.1.ffn_down.weight"] = (
-        gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q4_0),
-        gguf.GGMLQuantizationType.Q4_0,
-    )
+def use_a_format_that_holds_no_weights(content: dict[str, Any]) -> None:
+    blocks = np.zeros((WIDTH, INNER // 32 * 40), np.uint8)
+    content["tensors"]["blk.1.ffn_down.weight"] = blocks, gguf.GGMLQuantizationType.Q8_1
 
 
 def drop_the_width(content: dict[str, Any]) -> None:
@@ -172,7 +169,10 @@ def drop_the_width(content: dict[str, Any]) -> None:
         (drop_a_tensor, r"model\.layers\.1\.mlp\.down_proj\.weight"),
         (add_a_tensor, "ffn_down_exps"),
         (reshape_a_tensor, r"model\.layers\.1\.mlp\.down_proj\.weight.*shape"),
-        (use_a_format_not_known_yet, "Q4_0"),
+        (
+            use_a_format_that_holds_no_weights,
+            r"layers.1.mlp.down_proj.weight in .*bad.gguf is .* Q8_1",
+        ),
         (drop_the_width, "shape"),
     ],
     ids=lambda v: getattr(v, "__name__", None),
