@@ -16,6 +16,7 @@ from distorch.sizes import read_size
 __all__ = [
     "AllocationOption",
     "BatchOption",
+    "ComputeDtypeOption",
     "ComputeOption",
     "DonorOption",
     "FormatOption",
@@ -30,6 +31,7 @@ __all__ = [
     "SizeOption",
     "TokensOption",
     "VirtualVramOption",
+    "WeightDtypeOption",
 ]
 
 ModelArgument = Annotated[
@@ -64,6 +66,14 @@ BatchOption = Annotated[int, typer.Option(metavar="N", min=1, help="How many at 
 FormatOption = Annotated[
     str | None,
     typer.Option("--format", metavar="NAME", help="How weights are stored: bf16, fp8, Q4_K, ..."),
+]
+WeightDtypeOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Bring weights into a format: fp8_e4m3fn, q8_0, bf16, ..."),
+]
+ComputeDtypeOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What the model computes in: float32, bfloat16, float16."),
 ]
 AllocationOption = Annotated[
     str | None,

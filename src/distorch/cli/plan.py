@@ -27,6 +27,7 @@ from distorch.cli.options import (
     SizeOption,
     TokensOption,
     VirtualVramOption,
+    WeightDtypeOption,
 )
 from distorch.cli.output import Bar, show_pairs, show_table
 from distorch.cli.profiles import model_profile
@@ -34,13 +35,14 @@ from distorch.draw import check_picture, draw_plan
 from distorch.errors import AllocationError, StorageError
 from distorch.files import replacing
 from distorch.formats import open_checkpoint
+from distorch.formats.scales import pair_scales
 from distorch.machine import Machine
 from distorch.plan.blocks import Block, Part, cut
 from distorch.plan.cost import Profile
 from distorch.plan.from_names import profile_from_names, tree_from_names
 from distorch.plan.plan import Plan, gib
 from distorch.plan.planner import make_plan
-from distorch.plan.storage import format_named
+from distorch.plan.storage import converted, format_named
 from distorch.simulate import best_plan, predict, timeline
 
 __all__ = ["HELP", "plan", "read_plan"]
@@ -82,6 +84,7 @@ class Workload:
     tokens: int | None
     batch: int
     format: str | None
+    weight_dtype: str | None
 
 
 def plan(
@@ -99,6 +102,7 @@ def plan(
     batch: BatchOption = 1,
     format: FormatOption = None,  # noqa: A002  what users call it
     file: FileOption = None,
+    weight_dtype: WeightDtypeOption = None,
     as_json: JsonOption = False,
     save: SaveOption = None,
     plot: PlotOption = None,
@@ -114,7 +118,14 @@ def plan(
     placement = Placement(
         allocation=allocation, virtual_vram=virtual_vram, donor=donor, compute=compute, ring=ring
     )
-    asked = Workload(size=size, frames=frames, tokens=tokens, batch=batch, format=format)
+    asked = Workload(
+        size=size,
+        frames=frames,
+        tokens=tokens,
+        batch=batch,
+        format=format,
+        weight_dtype=weight_dtype,
+    )
     where = Machine.load(machine) if machine else Machine.here()
     if plot is not None:
         check_picture(plot)
@@ -152,6 +163,11 @@ def read_plan(path: Path) -> Plan:
 def _by_name(
     name: str, asked: Workload, placement: Placement, machine: Machine
 ) -> tuple[Plan, Profile]:
+    if asked.weight_dtype is not None:
+        raise AllocationError(
+            "--weight-dtype is for the weights of a checkpoint, and a model by name has none",
+            hint=f"--format {asked.weight_dtype}",
+        )
     profile = model_profile(
         name,
         size=asked.size,
@@ -212,10 +228,10 @@ def _by_file(
         )
     with Bar() as bar:
         path = find_model(name, bar)
-    with open_checkpoint(path) as checkpoint:
-        blocks = cut(tree_from_names(checkpoint))
+    blocks, in_place = _blocks_in(path, asked.weight_dtype)
     model_bytes = sum(block.nbytes for block in blocks)
-    machine = _with_room_on_disk(machine, model_bytes)
+    if in_place:
+        machine = _with_room_on_disk(machine, model_bytes)
     made = make_plan(  # as a run of this file does
         blocks,
         placement.line(model_bytes, machine),
@@ -228,6 +244,16 @@ def _by_file(
     dtype = "F32" if made.compute == "cpu" else "BF16"
     profile = profile_from_names(path.name, blocks, asked.tokens or 1, dtype)
     return replace(made, prediction=predict(made, profile, machine)), profile, machine
+
+
+def _blocks_in(path: Path, weight_dtype: str | None) -> tuple[tuple[Block, ...], bool]:
+    """The blocks of a checkpoint, and whether they are read from it in place when it runs."""
+    with open_checkpoint(path) as checkpoint:
+        found = pair_scales(checkpoint)
+        tensors = found.tensors
+        if weight_dtype is not None:
+            tensors = converted(tensors, format_named(weight_dtype), found.scales)
+        return cut(tree_from_names(tensors)), tensors == found.tensors
 
 
 def _judged(profile: Profile, placement: Placement, machine: Machine) -> Plan:

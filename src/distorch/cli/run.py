@@ -17,6 +17,7 @@ from distorch.cli.demo import find_model
 from distorch.cli.generate import Generated, continue_text
 from distorch.cli.options import (
     AllocationOption,
+    ComputeDtypeOption,
     ComputeOption,
     DonorOption,
     JsonOption,
@@ -24,6 +25,7 @@ from distorch.cli.options import (
     Placement,
     RingOption,
     VirtualVramOption,
+    WeightDtypeOption,
 )
 from distorch.cli.output import Bar, printable, show_pairs
 from distorch.cli.plan import read_plan
@@ -45,6 +47,7 @@ Examples:
   distorch run demo --allocation "cpu,64mb;disk,*" --prompt "The capital of France is"
   distorch run model.gguf --virtual-vram 8 --donor disk --prompt "Once upon a time"
   distorch run model.gguf --plan plan.json --prompt "Once upon a time"
+  distorch run model-directory --weight-dtype fp8_e4m3fn --prompt "Once upon a time"
   distorch run model-directory --prompt "Hello" --temperature 0.8 --seed 7 --json
 """
 
@@ -156,6 +159,8 @@ def run(
     donor: DonorOption = None,
     compute: ComputeOption = None,
     ring: RingOption = None,
+    weight_dtype: WeightDtypeOption = None,
+    compute_dtype: ComputeDtypeOption = None,
     plan: PlanOption = None,
     max_new_tokens: NumOption = 64,
     temperature: TemperatureOption = 0.0,
@@ -167,7 +172,13 @@ def run(
     placement = Placement(
         allocation=allocation, virtual_vram=virtual_vram, donor=donor, compute=compute, ring=ring
     )
-    loaded, tokenizer = _load(model, placement, None if plan is None else _saved(plan, placement))
+    loaded, tokenizer = _load(
+        model,
+        placement,
+        None if plan is None else _saved(plan, placement),
+        weight_dtype=weight_dtype,
+        compute_dtype=compute_dtype,
+    )
     seconds_to_ready = time.perf_counter() - began
     show = _ignore if as_json else _show_now
     try:
@@ -203,7 +214,12 @@ def _saved(path: Path, placement: Placement) -> Plan:
 
 
 def _load(
-    model: str, placement: Placement, plan: Plan | None
+    model: str,
+    placement: Placement,
+    plan: Plan | None,
+    *,
+    weight_dtype: str | None,
+    compute_dtype: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with Bar() as bar:
         path = find_model(model, bar)
@@ -218,6 +234,8 @@ def _load(
             donor=placement.donor,
             compute=placement.compute,
             ring=placement.ring_bytes,
+            weight_dtype=weight_dtype,
+            compute_dtype=compute_dtype,
             progress=bar.counting("loading the weights"),
         )
         bar.begin("tokenizer (half a minute, the first time)")

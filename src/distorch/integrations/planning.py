@@ -23,11 +23,13 @@ __all__ = ["Planning"]
 class Planning:
     """A model to plan for; ``in_place`` says that its weights lie in a checkpoint's files.
 
+    With ``spills``, what rests on disk is a copy of it all the same, which needs room.
     ``held`` are the bytes of each tier that it has while it is distributed, and can have again.
     """
 
     tree: Tree
     in_place: bool
+    spills: bool = False
     held: Mapping[str, int] = field(default_factory=dict)
 
     def plan(self, request: Request, machine: Machine | None) -> Plan:
@@ -77,6 +79,8 @@ class Planning:
 
     def _homes(self) -> Mapping[str, int]:
         """Bytes of the weights where they lie now, and in a checkpoint's files."""
+        if self.in_place and self.spills:
+            return self.held
         if self.in_place:
             return {**self.held, "disk": self._model_bytes}
         if self.held:

@@ -6,7 +6,7 @@ without their mixtures (``Q4_K_M`` stores some matrices as Q6_K).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
@@ -116,11 +116,13 @@ def _stored(spec: TensorSpec, form: Format) -> TensorSpec:
     return replace(spec, dtype=dtype.name, nbytes=dtype.nbytes(spec.shape), whole=False)
 
 
-def converted(tensors: Mapping[str, TensorInfo], form: Format) -> dict[str, TensorInfo]:
+def converted(
+    tensors: Mapping[str, TensorInfo], form: Format, scaled: Container[str] = ()
+) -> dict[str, TensorInfo]:
     """Return the tensors of a checkpoint as they are once the weights are brought into a format.
 
     Those that the format's own dtype is for, large matrices of whole blocks, are stored in it; all
-    others stay as they are.
+    others stay as they are, as do stacks of matrices among the ``scaled``.
 
     >>> from pathlib import Path
     >>> info = TensorInfo("w", "BF16", (64, 64), 0, 8192, Path("tiny.safetensors"))
@@ -129,7 +131,7 @@ def converted(tensors: Mapping[str, TensorInfo], form: Format) -> dict[str, Tens
     """
     return {
         name: replace(info, dtype=form.matrix.name, nbytes=form.matrix.nbytes(info.shape))
-        if _is_converted(info, form)
+        if _is_converted(info, form) and (name not in scaled or len(info.shape) == _MATRIX_DIMS[0])
         else info
         for name, info in tensors.items()
     }

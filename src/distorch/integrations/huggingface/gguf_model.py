@@ -26,8 +26,8 @@ _COMPUTED = {"rope_freqs.weight"}  # tensors that transformers computes from the
 _Rule = tuple[str, Callable[[PretrainedConfig, TensorInfo], Amend]]
 
 
-def build(checkpoint: Checkpoint) -> Built:
-    """Build the language model of a GGUF file, on the meta device, to compute in float32.
+def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Built:
+    """Build the language model of a GGUF file, on the meta device, to compute in ``dtype``.
 
     Raises:
         ModelError: the architecture or a tensor is not one that can be loaded.
@@ -41,7 +41,7 @@ def build(checkpoint: Checkpoint) -> Built:
     _check_layers(checkpoint, architecture)
     config = _config(checkpoint)
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    model = build_empty(model_class, config, torch.float32)
+    model = build_empty(model_class, config, dtype)
     model.generation_config = GenerationConfig.from_model_config(config)
     names = get_gguf_hf_weights_map(model, TensorProcessor())
     infos = {names.get(name, name): info for name, info in checkpoint.items()}

@@ -20,8 +20,10 @@ from distorch.integrations.resting import TORCH_DTYPES
 __all__ = ["build"]
 
 
-def build(checkpoint: Checkpoint) -> Built:
-    """Build the model of a safetensors directory, on the meta device, in its own dtype.
+def build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Built:
+    """Build the model of a safetensors directory, on the meta device.
+
+    It computes in ``dtype``, or else in the one of its configuration.
 
     Raises:
         ModelError: there is no configuration, or it and the tensors do not agree.
@@ -40,7 +42,7 @@ def build(checkpoint: Checkpoint) -> Built:
             hint="a model that the installed transformers knows; code in a directory is not run",
         ) from error
     tile = _forget_quantization(config)
-    model = build_empty(_model_class(config), config, _dtype(config, checkpoint))
+    model = build_empty(_model_class(config), config, dtype or _dtype(config, checkpoint))
     if (folder / "generation_config.json").is_file():
         model.generation_config = _generation_config(folder)
     scaled = pair_scales(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from distorch.errors import ModelError
 from distorch.formats import TensorInfo
+from distorch.integrations.converting import conversion
 from distorch.integrations.module_tree import Stored
 from distorch.integrations.resting import TORCH_DTYPES
+from distorch.plan.storage import converted, format_named
 from distorch.quant.block_formats import block_format
 from distorch.quant.scale import Scale
-from distorch.tiers.sources import Amend
+from distorch.tiers import Source
+from distorch.tiers.converted import ConvertedSource
+from distorch.tiers.sources import Amend, FileSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -48,6 +52,30 @@ class Built:
             )
             for name, info in self.infos.items()
         }
+
+    def open(self, weight_dtype: str | None = None) -> tuple[Built, Source]:
+        """Open the files; with ``weight_dtype``, weights come from them in that format.
+
+        Returns this, with each weight as it is when it comes, and the source.
+
+        Raises:
+            ModelError, MissingExtraError: weights cannot be stored so.
+            StorageError: a file cannot be opened.
+        """
+        wanted = dict(self.infos)
+        if weight_dtype is not None:
+            wanted = converted(self.infos, format_named(weight_dtype), self.scales)
+        conversions = {
+            name: conversion(info, wanted[name].dtype, self.scales.get(name))
+            for name, info in self.infos.items()
+            if info.dtype != wanted[name].dtype
+        }
+        source = FileSource(self.infos, self.amend)
+        if not conversions:
+            return self, source
+        scales = {name: each for name, each in self.scales.items() if name not in conversions}
+        built = replace(self, infos=wanted, scales=scales)
+        return built, ConvertedSource(source, conversions, self.amend)
 
 
 def build_empty(

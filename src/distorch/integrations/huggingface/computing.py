@@ -1,0 +1,62 @@
+"""The dtype that a loaded model computes in."""
+
+from __future__ import annotations
+
+import torch
+
+from distorch.errors import ModelError
+from distorch.integrations.memories import as_seen, machine_here
+from distorch.integrations.request import Request
+from distorch.machine import Machine
+from distorch.plan.plan import Plan
+
+__all__ = ["read_dtype", "usual_dtype"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "f32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "f16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def read_dtype(asked: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype that a user asks for; None where it is left to us.
+
+    Raises:
+        ModelError: models do not compute in it.
+
+    >>> read_dtype("bf16")
+    torch.bfloat16
+    """
+    found = _DTYPES.get(asked.lower()) if isinstance(asked, str) else asked
+    if (asked is not None and found is None) or found not in {None, *_DTYPES.values()}:
+        raise ModelError(
+            f"compute_dtype={asked!r} is not one that models compute in",
+            hint='compute_dtype="bfloat16", "float16" or "float32"',
+        )
+    return found
+
+
+def usual_dtype(request: Request, model_bytes: int, machine: Machine | None) -> torch.dtype:
+    """Return what a model of packed weights computes in: float32 on the CPU, else bfloat16.
+
+    Raises:
+        AllocationError: the request cannot be read, or does not fit the machine.
+    """
+    return torch.float32 if _device(request, model_bytes, machine) == "cpu" else torch.bfloat16
+
+
+def _device(request: Request, model_bytes: int, machine: Machine | None) -> str:
+    if isinstance(request.allocation, Plan):
+        return request.allocation.compute
+    machine = as_seen(
+        machine or machine_here(request.folder),
+        {"disk": model_bytes},
+        any_tier=request.names_its_devices,
+    )
+    return request.line(model_bytes, machine).resolve(model_bytes, machine, request.compute).compute
