@@ -29,6 +29,7 @@ from distorch.plan.plan import Plan
 from distorch.run.executor import Executor
 from distorch.run.stats import Stats
 from distorch.tiers import Source, Store
+from distorch.tiers.converted import ConvertedSource
 from distorch.tiers.pinned import Pins
 from distorch.tiers.sources import FileSource, MemorySource
 
@@ -146,7 +147,8 @@ class Handle:
         self._module = module
         self._tree = tree
         self._source = source
-        self._open_stores = opened_by or partial(open_stores, in_place=source is not None)
+        in_place = source is not None and not isinstance(source, ConvertedSource)
+        self._open_stores = opened_by or partial(open_stores, in_place=in_place)
         self._request = Request()
         self._hooks: list[RemovableHandle] = []
         self._brackets: list[Bracket] = []
@@ -304,7 +306,9 @@ class Handle:
         if self._executor is not None:
             held = {**self.plan.bytes_by_tier, self.plan.compute: self.plan.held_bytes}
         in_place = self._source is not None
-        return Planning(self._tree, in_place=in_place, held=held).plan(request, machine)
+        spills = isinstance(self._source, ConvertedSource)
+        planning = Planning(self._tree, in_place=in_place, spills=spills, held=held)
+        return planning.plan(request, machine)
 
     def _kept(self, plan: Plan) -> frozenset[str]:
         """The weights that stay in the module's own tensors: all their rows rest where they are."""
