@@ -37,8 +37,7 @@ from distorch.cli.demo import demo_model
 from distorch.cli.output import show_pairs, show_table
 from distorch.integrations.huggingface import gguf_model
 from distorch.integrations.module_tree import as_parameter, describe
-from distorch.integrations.resting import as_weight
-from distorch.plan.blocks import Part
+from distorch.integrations.resting import Packed
 
 NUM_ROUNDS = 5
 _LINE = "cpu,64mb;disk,*"
@@ -304,8 +303,8 @@ def from_mmap(path: Path) -> PreTrainedModel:
         if name in built.amend:
             raw = raw.clone()
             built.amend[name](memoryview(raw.numpy()))
-        part = Part(tensor=name, dtype=info.dtype, shape=info.shape, nbytes=info.nbytes)
-        tensor = as_parameter(as_weight(raw, part, weight.original.shape, weight.original.dtype))
+        form = Packed(info.dtype, weight.original.dtype)
+        tensor = as_parameter(form.weight(raw, weight.original.shape))
         for owner, attribute in weight.users:
             owner._parameters[attribute] = tensor
     return built.model

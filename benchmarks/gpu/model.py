@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distorch.integrations import planning
 from distorch.integrations.module_tree import Stored, Tree, as_parameter, describe, whole
-from distorch.integrations.resting import as_weight
+from distorch.integrations.resting import Packed
 from distorch.plan.blocks import Block, Part
 from distorch.quant.block_formats import block_format
 from gpu.arena import Arena
@@ -80,7 +80,7 @@ class Model:
     def weight(self, name: str, raw: Tensor) -> Tensor:
         """View bytes, wherever they are, as a weight of this model."""
         span = self.spans[name]
-        return as_parameter(as_weight(raw, span.part, span.part.shape, span.dtype))
+        return as_parameter(Packed(span.part.dtype, span.dtype).weight(raw, span.part.shape))
 
     def module(self, device: torch.device | None = None) -> nn.Module:
         """Return a module with its weights on a device, or where they lie in host memory."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.device import Figures
+from gpu.kernels import decoding_table, products_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 _HEAD = (
@@ -40,7 +41,10 @@ def write_json(path: Path, figures: Figures) -> None:
 
 
 def show(figures: Figures) -> None:
-    """Print the table of each case."""
+    """Print the tables of the kernels, and that of each case."""
+    for title, head, rows in _kernel_tables(figures):
+        print(f"\n{title}")
+        _show_table(head, rows)
     for label, case in figures["cases"].items():
         print(f"\n{caption(label, case)}")
         _show_table(_HEAD, list(_rows(case)))
@@ -59,10 +63,27 @@ def markdown(figures: Figures) -> str:
     for name, found in figures["links"].items():
         speeds = ", ".join(f"{key} {_number(value)}" for key, value in found.items())
         lines.append(f"- {name}: {speeds}")
+    for title, head, rows in _kernel_tables(figures):
+        lines += ["", f"## {title}", "", _line(head), _line(["---"] * len(head))]
+        lines += [_line(row) for row in rows]
     for label, case in figures["cases"].items():
         lines += ["", f"## {caption(label, case)}", "", _line(_HEAD), _line(["---"] * len(_HEAD))]
         lines += [_line(row) for row in _rows(case)]
     return "\n".join(lines) + "\n"
+
+
+def _kernel_tables(figures: Figures) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Titles, heads and rows of what was measured of kernels."""
+    if "kernels" not in figures:
+        return
+    found = figures["kernels"]
+    memory = f"{found['memory'] / 1e9:.3g} GB/s"
+    for title, table in (
+        (f"Packed weights to bfloat16; memory reads and writes {memory}", decoding_table(found)),
+        ("Products with few rows", products_table(found)),
+    ):
+        head, *rows = table
+        yield title, head, rows
 
 
 def caption(label: str, case: Figures) -> str:

@@ -21,14 +21,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(explain(lacking), file=sys.stderr)
         return _MISSING
     from gpu.suite import Options, run
-    from gpu.workloads import WORKLOADS
+    from gpu.workloads import KERNELS, WORKLOADS
 
     names = ", ".join(f"{name} ({each.title})" for name, each in WORKLOADS.items())
-    parser = _parser(names)
+    parser = _parser(f"{names}, {KERNELS} (decoding, products with few rows)")
     chosen = parser.parse_args(arguments)
     only = [name.strip() for name in chosen.only.split(",") if name.strip()]
-    if unknown := [name for name in only if name not in WORKLOADS]:
-        parser.error(f"{unknown[0]!r} is none of {', '.join(WORKLOADS)}")
+    if unknown := [name for name in only if name not in {KERNELS, *WORKLOADS}]:
+        parser.error(f"{unknown[0]!r} is none of {', '.join([*WORKLOADS, KERNELS])}")
     run(Options(**vars(chosen) | {"only": only}))
     return 0
 

@@ -18,10 +18,11 @@ from distorch.plan.blocks import cut
 from gpu.arena import Arena, first_line
 from gpu.cases import Clock
 from gpu.device import Device, Figures, find, hardware, host_memory
+from gpu.kernels import measure_kernels
 from gpu.links import measure_links
 from gpu.measure import Bench, run_case
 from gpu.report import markdown, result_path, show, write_json
-from gpu.workloads import WORKLOADS, Scale, full, tiny
+from gpu.workloads import KERNELS, WORKLOADS, Scale, full, tiny
 
 _HOST_BYTES = 56 * 10**9  # as much pinned memory as is asked for at most
 _HOST_SHARE = 0.5  # of what is free
@@ -76,6 +77,9 @@ def run(options: Options) -> Figures:
             device, bench.arena, options.folder, scale.sizes, clock
         )
         _write(options, found)
+        if not options.only or KERNELS in options.only:
+            found["kernels"] = measure_kernels(device, scale.weights, clock)
+            _write(options, found)
         _run_workloads(bench, scale, options, found)
     finally:
         plans.cut = usual

@@ -11,12 +11,15 @@ from pathlib import Path
 from gpu import shapes
 from gpu.cases import Case, Entry, Speeds
 from gpu.contenders import Job, Running
+from gpu.kernels import TINY as TINY_WEIGHTS
+from gpu.kernels import Weights
 from gpu.links import TINY, Sizes
 from gpu.ours import ours, ours_as_shipped
 from gpu.peers import installed
 from gpu.plain import copy_at_use, one_ahead
 from gpu.shapes import Shape
 
+KERNELS = "kernels"  # what is measured before any workload, and can be asked for as one
 _GB = 10**9
 _MIB = 1 << 20
 _RING_SHARE = 0.15
@@ -33,6 +36,7 @@ class Scale:
 
     name: str
     sizes: Sizes
+    weights: Weights
     margin_bytes: int
     tile: int
     cap_bytes: int
@@ -56,6 +60,7 @@ def full(cap_gb: float) -> Scale:
     return Scale(
         name="full",
         sizes=Sizes(),
+        weights=Weights(),
         margin_bytes=400 * _MIB,  # cuBLAS' workspaces, and what the allocator cannot use
         tile=(1 << 24) - 4099,
         cap_bytes=round(cap_gb * _GB),
@@ -74,6 +79,7 @@ def tiny() -> Scale:
     return Scale(
         name="tiny",
         sizes=TINY,
+        weights=TINY_WEIGHTS,
         margin_bytes=_MIB,
         tile=(1 << 20) - 4099,
         cap_bytes=0,

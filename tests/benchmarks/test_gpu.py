@@ -167,6 +167,29 @@ def test_the_results_have_what_is_promised(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.vgpu
+@virtual
+def test_the_kernel_table_says_who_decodes_and_how_far_from_the_ideal_time(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    arguments = "--scale", "tiny", "--device", "vgpu:0", "--only", "kernels", "--out", str(out)
+    done = run(*arguments, line="1gb")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text(encoding="utf-8"))
+    found = results["kernels"]
+    assert not results["cases"]
+    assert list(found["decoding"]) == ["Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "F8_E4M3", "F8_E5M2"]
+    for name, row in found["decoding"].items():
+        ours = [who for who in row if who.startswith("ours: ")]
+        assert len(ours) == 1, name
+        for who in (*ours, "torch"):
+            assert row[who]["bits_equal"], (name, who)
+            ideal = found["memory"] / row[who]["bytes_per_second"]
+            assert row[who]["times_ideal"] == pytest.approx(ideal)
+        assert set(found["products"][name]) == {"1", "4", "16"}
+        assert all(times["decoded"] > 0 for times in found["products"][name].values())
+    assert "Packed weights to bfloat16" in done.stdout
+
+
+@pytest.mark.vgpu
 @pytest.mark.slow
 @virtual
 def test_a_time_that_is_up_cuts_cleanly(tmp_path: Path) -> None:
