@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ import distorch
 from distorch.errors import DistorchError, ModelError, StorageError
 from distorch.machine import Machine
 from distorch.tiers.disk import DiskTier
-from tests.integrations.make import ALLOCATIONS, check_bytes, equal, num_readers, open_files
+from tests.integrations.make import (
+    ALLOCATIONS,
+    check_bytes,
+    equal,
+    num_hooks,
+    num_readers,
+    open_files,
+    stores,
+)
 from tests.integrations.modules import Bag, Own
 
 MIB = 1 << 20
@@ -180,6 +189,29 @@ def test_a_forgotten_module_leaves_no_thread_and_no_file(machine: Machine) -> No
     del module
     gc.collect()
     assert (num_readers(), open_files()) == (readers, files)
+
+
+def test_what_is_discarded_leaves_no_memory_no_hook_no_thread_and_no_file(machine: Machine) -> None:
+    gc.collect()
+    gc.disable()  # it is all gone at once, and not when Python next looks for cycles
+    try:
+        for wanted in ALLOCATIONS:
+            readers, files, hooks = num_readers(), open_files(), num_hooks(module := Own())
+            names = dict(module.named_parameters()).keys()
+            handle = distorch.distribute(module, machine=machine, **wanted)
+            module(torch.randn(2, 32))
+            held = [weakref.ref(store) for store in stores(handle).values()]
+            handle.discard()
+            assert not any(ref() for ref in held)
+            assert (num_readers(), open_files(), num_hooks(module)) == (readers, files, hooks)
+            assert dict(module.named_parameters()).keys() == names
+            assert sum(p.nbytes for p in module.parameters()) == 0
+            with pytest.raises(ModelError, match="removed"):
+                handle.stats()
+            with pytest.raises(ModelError, match="not distributed"):
+                distorch.handle_of(module)
+    finally:
+        gc.enable()
 
 
 def test_what_is_not_a_module_is_an_error_that_says_so() -> None:
