@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from distorch.errors import DistorchError as DistorchError
     from distorch.formats import open_checkpoint as open_checkpoint
     from distorch.integrations.attach import Handle as Handle
-    from distorch.integrations.attach import distribute as distribute
-    from distorch.integrations.attach import handle_of as handle_of
+    from distorch.integrations.api import distribute as distribute
+    from distorch.integrations.api import handle_of as handle_of
     from distorch.integrations.huggingface import load as load
     from distorch.integrations.huggingface import load_tokenizer as load_tokenizer
     from distorch.machine import Machine as Machine
@@ -29,8 +29,8 @@ _HOMES = {
     "Machine": "distorch.machine",
     "Plan": "distorch.plan.plan",
     "dequantize": "distorch.quant.of_checkpoint",
-    "distribute": "distorch.integrations.attach",
-    "handle_of": "distorch.integrations.attach",
+    "distribute": "distorch.integrations.api",
+    "handle_of": "distorch.integrations.api",
     "load": "distorch.integrations.huggingface",
     "load_tokenizer": "distorch.integrations.huggingface",
     "open_checkpoint": "distorch.formats",

@@ -216,7 +216,7 @@ def test_what_is_discarded_leaves_no_memory_no_hook_no_thread_and_no_file(machin
 
 def test_what_is_not_a_module_is_an_error_that_says_so() -> None:
     with pytest.raises((ModelError, TypeError), match=r"nn\.Module"):
-        distorch.distribute("model.gguf", "cpu,*")  # type: ignore[arg-type]
+        distorch.distribute("model.gguf", "cpu,*")  # type: ignore[call-overload]
 
 
 def test_a_module_without_values_is_refused_with_the_way_out() -> None:

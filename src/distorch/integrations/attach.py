@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from distorch.allocation import Allocation
 from distorch.errors import ModelError
-from distorch.integrations.bracket import Bracket, Place, mark_steps
 from distorch.integrations.companions import Companions
 from distorch.integrations.filling import Originals, Progress, fill, lost
+from distorch.integrations.hooking import Attachment
 from distorch.integrations.lora import Lora, Loras
 from distorch.integrations.lora_source import LoraSource
 from distorch.integrations.memories import open_stores, pins_for
-from distorch.integrations.module_tree import Tree, Weight, as_parameter, describe, whole
+from distorch.integrations.module_tree import Tree, describe, whole
 from distorch.integrations.planning import Planning
 from distorch.integrations.request import Request
-from distorch.integrations.resting import RestingWeight, Run
 from distorch.machine import Machine
 from distorch.plan.blocks import ALIGNMENT_BYTES, CPU_ALIGNMENT_BYTES
 from distorch.plan.plan import Plan
@@ -40,40 +38,12 @@ _ATTRIBUTE = "_distorch_handle"
 
 def distribute(
     module: nn.Module,
-    allocation: str | Allocation | Plan | None = None,
+    request: Request,
     *,
-    virtual_vram_gb: float | None = None,
-    donor: str | Sequence[str] | None = None,
-    compute: str | None = None,
-    ring: str | int | None = None,
     machine: Machine | None = None,
     progress: Progress | None = None,
 ) -> Handle:
-    """Rest a module's weights in several memories, in place; return the handle that undoes it.
-
-    ``allocation`` is a line of the allocation language, such as ``"cpu,64mb;disk,*"`` (default
-    ``auto``), or a `Plan` made before; or give ``virtual_vram_gb``, in GiB, and its ``donor``.
-    ``ring`` bounds the slots that streamed blocks visit ("200mb", or bytes). The module computes
-    the same bits as before, in inference; its training is not supported. Weights that rest on disk
-    are written once to a file of ours, in the folder that the line names (``disk:/mnt/nvme``) or
-    the temporary one.
-
-    Raises:
-        AllocationError: the line cannot be read or does not fit this machine.
-        ModelError: the module's weights cannot be distributed.
-        StorageError: the disk is full.
-
-    >>> import torch
-    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    >>> x = torch.ones(1, 64)
-    >>> with torch.inference_mode():
-    ...     before = model(x)
-    ...     handle = distribute(model, "cpu,0b;disk,*")
-    ...     same = torch.equal(model(x), before)
-    ...     handle.remove()
-    >>> same
-    True
-    """
+    """Rest a module's weights in several memories, in place; see `distorch.distribute`."""
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"a torch.nn.Module is distributed, not {type(module).__name__}",
@@ -90,13 +60,6 @@ def distribute(
             "some weights are on the meta device: they have no values yet",
             hint="distorch.load(path, allocation) builds and loads a model in one go",
         )
-    request = Request(
-        allocation=allocation,
-        virtual_vram_gb=virtual_vram_gb,
-        donor=donor,
-        compute=compute,
-        ring=ring,
-    )
     handle = Handle(module, tree)
     handle.bind(request, machine, progress)
     return handle
@@ -112,7 +75,7 @@ def plan_for(module: nn.Module, request: Request, machine: Machine | None = None
 
 
 def handle_of(module: nn.Module) -> Handle:
-    """Return the handle of a distributed module.
+    """Return the handle of what is distributed: a module, or a pipeline.
 
     Raises:
         ModelError: it is not distributed.
@@ -120,8 +83,8 @@ def handle_of(module: nn.Module) -> Handle:
     handle = getattr(module, _ATTRIBUTE, None)
     if handle is None:
         raise ModelError("this module is not distributed", hint="distorch.distribute(module, line)")
-    assert isinstance(handle, Handle), "the attribute is ours alone"
-    return handle
+    found: Handle = handle  # the attribute is ours alone
+    return found
 
 
 class Handle:
@@ -150,9 +113,7 @@ class Handle:
         in_place = source is not None and not isinstance(source, ConvertedSource)
         self._open_stores = opened_by or partial(open_stores, in_place=in_place)
         self._request = Request()
-        self._hooks: list[RemovableHandle] = []
-        self._brackets: list[Bracket] = []
-        self._resting: dict[str, RestingWeight] = {}
+        self._attachment: Attachment | None = None
         self._companions = Companions()
         self._executor: Executor | None = None
         self._machine: Machine | None = None
@@ -271,13 +232,18 @@ class Handle:
             raise
         self.plan, self._executor, self._request = plan, executor, request
         self._machine = machine
-        self._hooks = self._put_on(executor, kept)
+        self._attachment = Attachment(
+            self._module, self._tree, executor, kept=kept, steps_of=self._steps_of
+        )
         try:
             self._companions.move(self._module, executor.device)
             executor.wait()  # any stream may read them, and a copy between devices is only queued
         except BaseException:
             self._take_off(restore=self._source is None)
             raise
+        self._announce()
+
+    def _announce(self) -> None:
         self._module.__dict__[_ATTRIBUTE] = self
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
@@ -326,56 +292,16 @@ class Handle:
             if name not in moved and str(weight.original.device) == plan.compute
         )
 
-    def _put_on(self, executor: Executor, kept: Collection[str]) -> list[RemovableHandle]:
-        """Point the module at its weights: those that rest here for good, the others by hooks."""
-        plan = executor.plan
-        runs: dict[str, list[Run]] = {}
-        for index, placement in enumerate(plan.placements):
-            for number, part in enumerate(placement.block.parts):
-                runs.setdefault(part.tensor, []).append(Run(index, number, part))
-        places: dict[str, Place] = {}
-        for name, weight in self._tree.weights.items():
-            if name in kept or name not in runs:
-                continue
-            places[name] = place = _place(weight, executor, runs[name])
-            place.point(place.resting)
-            self._resting[name] = RestingWeight(executor, runs[name], weight.shape, place.form)
-        modules = dict(self._module.named_modules())
-        brackets = [
-            (
-                Bracket(executor, index, [places[part.tensor] for part in placement.block.parts]),
-                modules[placement.block.module],
-            )
-            for index, placement in enumerate(plan.placements)
-            if placement.kind == "streamed" and placement.block.module is not None
-        ]
-        self._brackets = [bracket for bracket, _ in brackets]
-        hooks = [hook for bracket, module in brackets for hook in bracket.attach(module)]
-        if not plan.streamed_order:
-            return hooks
-        return hooks + mark_steps(self._steps_of, executor, self._brackets)
-
     def _take_off(self, *, restore: bool) -> None:
-        executor = self._running()
-        executor.wait()  # for buffers that are still written, and weights that are still read
-        for hook in self._hooks:
-            hook.remove()
-        for bracket in self._brackets:  # an interrupted pass may have left it pointing at a slot
-            bracket.reset()
-        self._hooks, self._brackets = [], []
-        gone: dict[str, Exception] = {}
+        executor, gone = self._running(), dict[str, Exception]()
+        assert self._attachment is not None, "it comes with the executor"
+        self._attachment.take_off()
         try:
-            for name, resting in self._resting.items() if restore else ():
-                weight = self._tree.weights[name]
-                try:
-                    if weight.is_away:
-                        weight.restore(resting)
-                except (RuntimeError, OSError) as error:
-                    gone[name] = error
-                    weight.give_up()
+            if restore:
+                gone = self._attachment.restore()
             self._companions.restore()
         finally:
-            self._resting = {}
+            self._attachment = None
             executor.close()
             self._companions.forget()
             self._executor = None
@@ -391,15 +317,3 @@ def _executor(plan: Plan, stores: Mapping[str, Store], pins: Pins) -> Executor:
         for store in stores.values():
             store.close()
         raise
-
-
-def _place(weight: Weight, executor: Executor, runs: Sequence[Run]) -> Place:
-    """Where a weight's users find it; one that rests here whole is there for good."""
-    shape, form = weight.shape, weight.form.on(executor.device)
-    placement = executor.plan.placements[runs[0].block]
-    resting: Tensor = RestingWeight(executor, runs, shape, form)
-    if len(runs) == 1 and placement.kind == "resident":
-        raw = executor.acquire(runs[0].block).part(runs[0].index)
-        resting = as_parameter(form.weight(raw, shape))
-    users = tuple((owner._parameters, attribute) for owner, attribute in weight.users)
-    return Place(users=users, resting=resting, shape=shape, form=form)

@@ -231,7 +231,9 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         make_ordinary(module)
         asked = plan_for(module, request, machine_for(request, self.load_device))
         plan = asked if room_bytes is None else fitted(asked, room_bytes, request)
-        placed = self.model.distorch_placed = _Placed(request, asked, distribute(module, plan))
+        placed = self.model.distorch_placed = _Placed(
+            request, asked, distribute(module, Request(allocation=plan))
+        )
         return placed
 
     def _rebudget(self, placed: _Placed, plan: Plan) -> None:

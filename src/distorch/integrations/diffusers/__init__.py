@@ -1,0 +1,1 @@
+"""diffusers: its models from directories and single files, its pipelines, distributed."""
