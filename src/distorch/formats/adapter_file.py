@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -116,18 +116,7 @@ def describe_adapters(
     """
     if not shapes:
         raise FormatError("it holds no tensors", hint="a file with the weights of a LoRA")
-    targets: dict[str, dict[str, str]] = {}
-    unknown = []
-    for name in shapes:
-        found = next(((m[1], role) for p, role in _ROLES if (m := p.fullmatch(name))), None)
-        if found is None:
-            unknown.append(name)
-            continue
-        target, role = found
-        if role in targets.setdefault(target, {}):
-            other = targets[target][role]
-            raise FormatError(f"{other!r} and {name!r} say the same of one module: two LoRAs")
-        targets[target][role] = name
+    targets, unknown = _by_target(shapes)
     specs = [
         spec
         for target, roles in targets.items()
@@ -160,6 +149,23 @@ def read_config(path: Path, metadata: Mapping[str, object]) -> Mapping[str, obje
     if not isinstance(config, dict):
         raise FormatError(f"{source} is not a JSON object", hint="save the LoRA again")
     return config
+
+
+def _by_target(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Each target's tensors by role, and the names that nobody here understands."""
+    targets: dict[str, dict[str, str]] = {}
+    unknown = []
+    for name in names:
+        found = next(((m[1], role) for p, role in _ROLES if (m := p.fullmatch(name))), None)
+        if found is None:
+            unknown.append(name)
+            continue
+        target, role = found
+        if role in targets.setdefault(target, {}):
+            other = targets[target][role]
+            raise FormatError(f"{other!r} and {name!r} say the same of one module: two LoRAs")
+        targets[target][role] = name
+    return targets, unknown
 
 
 def _specs(
