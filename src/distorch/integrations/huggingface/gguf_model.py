@@ -26,7 +26,7 @@ _COMPUTED = {"rope_freqs.weight"}  # tensors that transformers computes from the
 _Rule = tuple[str, Callable[[PretrainedConfig, TensorInfo], Amend]]
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Built:
+def build(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Built:
     """Build the language model of a GGUF file, on the meta device, to compute in ``dtype``.
 
     Raises:
