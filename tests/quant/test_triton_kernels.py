@@ -23,7 +23,7 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 
 from distorch.quant import choice, dequantize, tensor
 from distorch.quant.block_formats import BLOCK_FORMATS
-from tests.quant.make import random_blocks, same_bits, sound_blocks, with_halves
+from tests.quant.make import Bytes, random_blocks, same_bits, sound_blocks, with_halves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,6 +183,37 @@ def test_a_product_is_as_near_as_sums_in_float32_can_be(
         size = x.double().abs() @ weight.abs().T + added.double().abs()
         bound = columns * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * exact.abs() * 1.01
         assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_read_or_written_past_the_ends(
+    kernels: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    touched: list[Bytes] = []
+
+    def noted(usual: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
+        def access(builder: Any, *arguments: Any) -> Any:
+            mask = arguments[mask_at].data
+            touched.append(np.broadcast_to(arguments[0].data, mask.shape)[mask])
+            return usual(builder, *arguments)
+
+        return access
+
+    for access, mask_at in (("create_masked_load", 1), ("create_masked_store", 2)):
+        usual = getattr(InterpreterBuilder, access)
+        monkeypatch.setattr(InterpreterBuilder, access, noted(usual, mask_at))
+    form, columns = BLOCK_FORMATS[name], {256: 512, 32: 288, 1: 300}[BLOCK_FORMATS[name].elements]
+    packed, x, bias = sound(name, 19, columns), torch.randn(3, columns), torch.randn(19)
+    out = torch.empty(19 * columns)
+    kernels.decode(packed, form, out)
+    y = kernels.linear(x, packed, form, bias)
+    ends = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (packed, x, bias, out, y)]
+    addresses = np.concatenate(touched)
+    inside = [(first <= addresses) & (addresses < last) for first, last in ends]
+    assert np.any(inside, axis=0).all()
+    assert all(where.any() for where in inside)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F8_E4M3"])
