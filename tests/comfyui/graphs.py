@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-Graph = dict[str, dict[str, Any]]
+Node = dict[str, Any]
+Graph = dict[str, Node]
 
 
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
+def node(kind: str, **inputs: Any) -> Node:
     return {"class_type": kind, "inputs": inputs}
 
 
@@ -76,4 +77,76 @@ def encoded(clip: Graph, name: str, text: str = "a cat in a hat") -> Graph:
         **clip,
         "text": node("CLIPTextEncode", text=text, clip=["clip", 0]),
         "saved": node("SaveConditioning", it=["text", 0], name=name),
+    }
+
+
+def painted(loader: Node, name: str, *, control: Node | None = None, lora: float = 0) -> Graph:
+    """Encode, sample and decode with a loader of all three parts.
+
+    ``control`` is the node of a ControlNet; ``lora`` the strength of one on the first two parts.
+    """
+    found = {
+        "model": loader,
+        "lora": _lora_of_both(lora),
+        "text": node("CLIPTextEncode", text="a cat", clip=["lora", 1]),
+        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "sampled": node(
+            "KSampler",
+            model=["lora", 0],
+            positive=["text", 0],
+            negative=["text", 0],
+            latent_image=["empty", 0],
+            seed=3,
+            steps=2,
+            cfg=2.0,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=1.0,
+        ),
+        "pixels": node("VAEDecode", samples=["sampled", 0], vae=["model", 2]),
+        "saved": node("SavePixels", it=["pixels", 0], name=name),
+    }
+    if control is not None:
+        found |= {"control": control, **_guided()}
+        found["sampled"]["inputs"] |= {"positive": ["guided", 0], "negative": ["guided", 1]}
+    return found
+
+
+def split_checkpoint(device: str, line: str) -> Node:
+    """The loader of Stable Diffusion 1.5 whose model and text encoder both rest by ``line``."""
+    inputs: dict[str, Any] = {"ckpt_name": "sd15.safetensors", "vae_device": device}
+    for part in ("unet", "clip"):
+        inputs |= {
+            f"{part}_compute_device": device,
+            f"{part}_virtual_vram_gb": 0.0,
+            f"{part}_donor_device": "cpu",
+            f"{part}_expert_mode_allocations": line,
+        }
+    return node("CheckpointLoaderAdvancedDisTorch2MultiGPU", **inputs)
+
+
+def _lora_of_both(strength: float) -> Node:
+    return node(
+        "LoraLoader",
+        model=["model", 0],
+        clip=["model", 1],
+        lora_name="sd15_lora.safetensors",
+        strength_model=strength,
+        strength_clip=strength,
+    )
+
+
+def _guided() -> Graph:
+    return {
+        "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=0x4080C0),
+        "guided": node(
+            "ControlNetApplyAdvanced",
+            positive=["text", 0],
+            negative=["text", 0],
+            control_net=["control", 0],
+            image=["picture", 0],
+            strength=1.0,
+            start_percent=0.0,
+            end_percent=1.0,
+        ),
     }

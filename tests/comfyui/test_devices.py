@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.comfyui.graphs import Graph, decoded, encoded, node, placement, sampled, with_lora
+from tests.comfyui.graphs import (
+    Graph,
+    decoded,
+    encoded,
+    node,
+    painted,
+    placement,
+    sampled,
+    split_checkpoint,
+    with_lora,
+)
+from tests.comfyui.make_other import make_sd15
 from tests.comfyui.server import Refused, Server
 
 pytestmark = pytest.mark.slow
@@ -148,6 +159,21 @@ def test_a_lora_has_the_bits_of_comfyuis_own_streaming(here: Server, model: str)
         here.run(with_lora(lined(model, "ours", seed), model, strength))
     same(here, "ours", "core")
     on_cards(here, "ours")
+
+
+def test_a_lora_on_a_checkpoint_has_the_bits_of_comfyuis_own_streaming(here: Server) -> None:
+    make_sd15(here.base / "models")
+    give_room(here, 0)
+    plain = node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
+    here.run(painted(plain, "none"))
+    here.run(painted(plain, "core", lora=0.7))
+    empty(here)
+    give_room(here, _PLENTY)
+    for strength in (1.0, 0.7):
+        here.run(painted(split_checkpoint("vgpu:0", _LINE), "ours", lora=strength))
+    same(here, "ours", "core")
+    assert not torch.equal(here.tensors("ours")["pixels"], here.tensors("none")["pixels"])
+    assert live(here)[1] > MIB
 
 
 def test_models_that_alternate_leave_nothing_of_each_other(here: Server, model: str) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.comfyui.graphs import Graph, encoded, node
+from tests.comfyui.graphs import Graph, encoded, node, painted, split_checkpoint
 from tests.comfyui.make_other import make_encoders, make_sd15
 from tests.comfyui.server import Server
+from tests.comfyui.test_gguf import write_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -68,53 +70,14 @@ def test_clip_vision(models: Server) -> None:
         _same(models, "ours_vision", "core_vision")
 
 
-def _painted(loader: dict[str, Any], name: str, **control: Any) -> Graph:
-    """Encode, sample and decode with a loader of all three; ``control`` is a ControlNet's node."""
-    found = {
-        "model": loader,
-        "text": node("CLIPTextEncode", text="a cat", clip=["model", 1]),
-        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
-        "sampled": node(
-            "KSampler",
-            model=["model", 0],
-            positive=["text", 0],
-            negative=["text", 0],
-            latent_image=["empty", 0],
-            seed=3,
-            steps=2,
-            cfg=2.0,
-            sampler_name="euler",
-            scheduler="normal",
-            denoise=1.0,
-        ),
-        "pixels": node("VAEDecode", samples=["sampled", 0], vae=["model", 2]),
-        "saved": node("SavePixels", it=["pixels", 0], name=name),
-    }
-    if control:
-        found |= control
-        found["picture"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x4080C0)
-        found["guided"] = node(
-            "ControlNetApplyAdvanced",
-            positive=["text", 0],
-            negative=["text", 0],
-            control_net=["control", 0],
-            image=["picture", 0],
-            strength=1.0,
-            start_percent=0.0,
-            end_percent=1.0,
-        )
-        found["sampled"]["inputs"] |= {"positive": ["guided", 0], "negative": ["guided", 1]}
-    return found
-
-
 @pytest.mark.parametrize(
     ("base", "inputs"),
     [("CheckpointLoaderSimple", _CHECKPOINT), ("DiffusersLoader", {"model_path": "sd15"})],
 )
 def test_a_loader_of_all_parts(models: Server, base: str, inputs: dict[str, str]) -> None:
-    models.run(_painted(node(base, **inputs), "core_all"))
+    models.run(painted(node(base, **inputs), "core_all"))
     for loader in (_split(base, **inputs), _whole(base, **inputs)):
-        models.run(_painted(loader, "ours_all"))
+        models.run(painted(loader, "ours_all"))
         _same(models, "ours_all", "core_all")
 
 
@@ -133,8 +96,8 @@ def test_a_control_net_guides_a_model_that_is_placed_or_not(
 ) -> None:
     core = node("CheckpointLoaderSimple", **_CHECKPOINT)
     placed = _split("CheckpointLoaderSimple", **_CHECKPOINT)
-    models.run(_painted(core, "plain"))
-    models.run(_painted(core, "core_guided", control=node(base, **inputs)))
+    models.run(painted(core, "plain"))
+    models.run(painted(core, "core_guided", control=node(base, **inputs)))
     pictures = [models.tensors(name)["pixels"] for name in ("plain", "core_guided")]
     assert not torch.equal(*pictures), "it guides"
     for model, control in (
@@ -143,5 +106,37 @@ def test_a_control_net_guides_a_model_that_is_placed_or_not(
         (placed, _split(base, eject_models=False, **inputs)),
         (placed, node(base, **inputs)),
     ):
-        models.run(_painted(model, "ours_guided", control=control))
+        models.run(painted(model, "ours_guided", control=control))
         _same(models, "ours_guided", "core_guided")
+
+
+@pytest.fixture(scope="module")
+def packed(models: Server) -> Server:
+    """The server, with T5 in GGUF, and what its weights stand for beside it."""
+    folder = models.base / "models" / "text_encoders"
+    weights = load_file(folder / "t5xxl.safetensors")
+    save_file(
+        write_gguf(folder / "t5xxl.gguf", weights, "Q8_0", "t5"), folder / "dense.safetensors"
+    )
+    return models
+
+
+@pytest.mark.parametrize(("count", "base"), [(3, "TripleCLIPLoader"), (4, "QuadrupleCLIPLoader")])
+def test_one_of_several_text_encoders_in_gguf(packed: Server, count: int, base: str) -> None:
+    names = {f"clip_name{i}": f"{it}.safetensors" for i, it in enumerate(_CLIPS[:count], 1)}
+    dense, ours = names | {"clip_name3": "dense.safetensors"}, names | {"clip_name3": "t5xxl.gguf"}
+    packed.run(encoded({"clip": node(base, **dense)}, "core_gguf"))
+    for loader in (_split(f"{base}GGUF", "device", **ours), _whole(f"{base}GGUF", **ours)):
+        packed.run(encoded({"clip": loader}, "ours_gguf"))
+        _same(packed, "ours_gguf", "core_gguf")
+
+
+def test_a_lora_on_a_checkpoint_is_the_same_bits_from_every_place(models: Server) -> None:
+    """On the CPU ComfyUI's own loader rounds what a LoRA has changed: `test_devices` compares."""
+    models.run(painted(node("CheckpointLoaderSimple", **_CHECKPOINT), "plain"))
+    found = []
+    for line in (_LINE, "cpu,50%;disk,*", "cpu,*"):
+        models.run(painted(split_checkpoint("cpu", line), "ours_lora", lora=0.7))
+        found.append(models.tensors("ours_lora")["pixels"])
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert not torch.equal(found[0], models.tensors("plain")["pixels"])
