@@ -89,7 +89,7 @@ class Bracket:
                     place.form.weight(lease.part(index), place.shape)
                     for index, place in enumerate(self._places)
                 ]
-            if lease.where is not None:
+            if lease.where is not None and all(place.form.lasts for place in self._places):
                 self._views[lease.where] = views
         return views
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from distorch.integrations.foreign import Foreign, foreign
 from distorch.integrations.resting import TORCH_DTYPES, Form, Packed, RestingWeight
 from distorch.plan.blocks import Node, TensorSpec
 from distorch.plan.plan import gib
@@ -44,14 +45,22 @@ class Weight:
     def memory(self) -> Tensor:
         """What holds the parameter's values: of a packed weight, its blocks."""
         weight = self.original
+        if isinstance(self.form, Foreign):
+            return self.form.gather()
         return weight.packed if isinstance(weight, QuantTensor) else weight.data
 
     def empty(self) -> None:
         """Let go of the parameter's values: they rest elsewhere now."""
-        self._hold(self.memory.new_empty(0))
+        if isinstance(self.form, Foreign):
+            self.form.empty()
+        else:
+            self._hold(self.memory.new_empty(0))
 
     def fill(self, raw: Tensor) -> None:
         """Give the parameter its values again, from their bytes."""
+        if isinstance(self.form, Foreign):
+            self.form.fill(raw.to(_home(self.original)))
+            return
         if not isinstance(self.original, QuantTensor):
             raw = raw.view(self.original.dtype).view(self.shape)
         self._hold(raw.to(self.original.device))
@@ -122,8 +131,11 @@ def describe(module: nn.Module, stored: Mapping[str, Stored] | None = None) -> T
             if isinstance(owner, nn.Embedding) and owner.max_norm is not None and stored is None:
                 changed.add(id(parameter))
     for key, weight in list(weights.items()):
+        made_of = foreign(weight.original, [owner for owner, _ in weight.users])
         reason = "max_norm changes it" if key in changed else _immovable(weight.original)
-        if reason and stored is None:
+        if stored is None and made_of is not None:
+            weight.shape, weight.form = tuple(weight.original.shape), made_of
+        elif reason and stored is None:
             notes.append(f"{weight.name} stays where it is: {reason}")
             del weights[key]
         else:
@@ -193,7 +205,8 @@ def _spec(weight: Weight, stored: Mapping[str, Stored] | None) -> TensorSpec:
     parameter = weight.original
     looked_up = all(_looks_up(owner, attribute) for owner, attribute in weight.users)
     looked_up = looked_up and not (isinstance(parameter, QuantTensor) and not parameter.is_matrix)
-    kept = stored[weight.name] if stored is not None else _as_packed(parameter)
+    looked_up = looked_up and not isinstance(weight.form, Foreign)
+    kept = stored[weight.name] if stored is not None else _as_packed(weight)
     return TensorSpec(
         name=weight.name,
         dtype=kept.dtype if kept else _DTYPE_NAMES[parameter.dtype],
@@ -205,8 +218,12 @@ def _spec(weight: Weight, stored: Mapping[str, Stored] | None) -> TensorSpec:
     )
 
 
-def _as_packed(parameter: Tensor) -> Stored | None:
+def _as_packed(weight: Weight) -> Stored | None:
     """How a weight that is packed in memory is stored; none that is not."""
+    parameter = weight.original
+    if isinstance(weight.form, Foreign):
+        nbytes = weight.form.stored_bytes
+        return Stored(dtype="U8", shape=(nbytes,), nbytes=nbytes, whole=True)
     if not isinstance(parameter, QuantTensor):
         return None
     return Stored(

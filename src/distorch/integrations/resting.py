@@ -50,6 +50,10 @@ class Form(Protocol):
     def nbytes(self) -> int:
         """Bytes that it keeps of its own on the compute device, beside the weight's."""
 
+    @property
+    def lasts(self) -> bool:
+        """Whether what `weight` returns may be used again, for other bytes at the same place."""
+
     def weight(
         self, raw: Tensor, shape: Sequence[int], rows: slice | Tensor | None = None
     ) -> Tensor:
@@ -75,6 +79,11 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of the scale."""
         return 0 if self.scale is None else self.scale.nbytes
+
+    @property
+    def lasts(self) -> bool:
+        """It is a view."""
+        return True
 
     def weight(
         self, raw: Tensor, shape: Sequence[int], rows: slice | Tensor | None = None
@@ -204,6 +213,6 @@ class RestingWeight(LazyWeight):
             shape, rows = (run.part.shape, run.rows) if len(self.runs) > 1 else (self.shape, None)
             with torch.inference_mode(mode=False):
                 view = self.form.weight(lease.part(run.index), shape, rows)
-            if lease.where is not None:
+            if lease.where is not None and self.form.lasts:
                 self._views[run.block, lease.where] = view
         return view
