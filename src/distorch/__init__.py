@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from distorch.integrations.attach import Handle as Handle
     from distorch.integrations.api import distribute as distribute
     from distorch.integrations.api import handle_of as handle_of
-    from distorch.integrations.huggingface import load as load
     from distorch.integrations.huggingface import load_tokenizer as load_tokenizer
+    from distorch.integrations.loading import load as load
     from distorch.machine import Machine as Machine
     from distorch.plan.plan import Plan as Plan
     from distorch.quant.of_checkpoint import dequantize as dequantize
@@ -31,7 +31,7 @@ _HOMES = {
     "dequantize": "distorch.quant.of_checkpoint",
     "distribute": "distorch.integrations.api",
     "handle_of": "distorch.integrations.api",
-    "load": "distorch.integrations.huggingface",
+    "load": "distorch.integrations.loading",
     "load_tokenizer": "distorch.integrations.huggingface",
     "open_checkpoint": "distorch.formats",
 }

@@ -101,7 +101,7 @@ def _load(path: Path, bar: Bar) -> PreTrainedModel:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
     bar.begin("starting torch and transformers")
     progress = bar.counting("loading the weights")
-    model = distorch.load(path, f"{_COMPUTE},*", progress=progress)
+    model: PreTrainedModel = distorch.load(path, f"{_COMPUTE},*", progress=progress)
     if getattr(model, "generate", None) is None:
         raise ModelError(
             f"a {type(model).__name__} generates no text, so it has no decode step",

@@ -213,9 +213,7 @@ class Handle:
         plan = self.plan_as(request, machine)
         pins, kept = pins_for(plan), self._kept(plan)
         weights = {} if self._source else self._tree.weights
-        if isinstance(self._source, FileSource):
-            on_host = plan.compute == "cpu"
-            self._source.align_to(CPU_ALIGNMENT_BYTES if on_host else ALIGNMENT_BYTES)
+        self._align_source(plan)
         stores = self._open_stores(plan, pins, kept)
         executor = _executor(plan, stores, pins)  # first: no weight moves if its ring has no room
         try:
@@ -242,6 +240,12 @@ class Handle:
             self._take_off(restore=self._source is None)
             raise
         self._announce()
+
+    def _align_source(self, plan: Plan) -> None:
+        """Say what the device that computes asks of weights that are used where they lie."""
+        if isinstance(self._source, FileSource):
+            on_host = plan.compute == "cpu"
+            self._source.align_to(CPU_ALIGNMENT_BYTES if on_host else ALIGNMENT_BYTES)
 
     def _announce(self) -> None:
         self._module.__dict__[_ATTRIBUTE] = self

@@ -118,6 +118,7 @@ class SharingHandle(Handle):
         plan = self.plan_as(request, machine)
         away = _all_away(plan)
         self._pins = pins_for(plan)
+        self._align_source(plan)
         weights = {} if self._source else self._tree.weights
         self._homes = self._open_stores(away, self._pins, frozenset())
         self._close_stores = weakref.finalize(self, _close, self._homes)
@@ -133,8 +134,8 @@ class SharingHandle(Handle):
         self._cache = CachedTier(plan.compute, here, self._pins)
         self.plan, self._request, self._machine = plan, request, machine
         self._before, self.moved_bytes = Stats(), 0
-        self._companions.move(self._module, torch.device(plan.compute))
         self._point_at_sleeper()
+        self._companions.move(self._module, torch.device(plan.compute))
         self._announce()
 
     def wake(self) -> None:

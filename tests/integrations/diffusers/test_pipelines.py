@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,3 +159,40 @@ def test_one_of_its_models_is_not_moved_alone(pipe: Any) -> None:
     handle = distorch.distribute(pipe, "cpu,4mb;disk,*")
     with pytest.raises(ModelError, match="shares its memory"):
         handle["transformer"].rebudget("cpu,*")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    flux_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("line", ["cpu,16mb;disk,*", "cpu,1mb;disk,*", "cpu,*"])
+def test_a_directory_becomes_a_pipeline(line: str, saved: Path, expected: Any) -> None:
+    pipe = distorch.load(saved, line)
+    pipe.set_progress_bar_config(disable=True)
+    handle = distorch.handle_of(pipe)
+    assert set(handle) == {"vae", "text_encoder", "text_encoder_2", "transformer"}
+    for _ in range(2):
+        assert np.array_equal(picture(pipe), expected)
+    handle.remove()
+    assert np.array_equal(picture(pipe), expected)
+
+
+def test_a_damaged_directory_is_named(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / "transformer" / "config.json").unlink()
+    (folder / "text_encoder_2" / "config.json").unlink()
+    with pytest.raises(ModelError, match="text_encoder_2"):
+        distorch.load(folder, "cpu,*")
+    (folder / "model_index.json").write_text("[1", encoding="utf-8")
+    with pytest.raises(ModelError, match="no index of a pipeline"):
+        distorch.load(folder, "cpu,*")
+
+
+def test_components_are_of_a_pipeline(saved: Path) -> None:
+    with pytest.raises(ModelError, match="components are of a pipeline"):
+        distorch.load(saved / "transformer", "cpu,*", components={"vae": "cpu,*"})
+    with pytest.raises(ModelError, match="components are of a pipeline"):
+        distorch.distribute(torch.nn.Linear(2, 2), "cpu,*", components={"vae": "cpu,*"})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from distorch.tiers import Source
 __all__ = ["Component", "PipelineHandle", "distribute_pipeline"]
 
 _ATTRIBUTE = "_distorch_handle"
+_WEIGHTS = {".safetensors", ".gguf"}
 _MAIN = ("transformer", "unet", "transformer_2")  # what runs most steps, and where latents are
 
 
@@ -145,6 +148,50 @@ def distribute_pipeline(
         raise
     pipe.__dict__[_ATTRIBUTE] = handle
     return handle
+
+
+def models_in(path: Path) -> list[str]:
+    """Return the names of the models with weights in a pipeline's directory.
+
+    Raises:
+        ModelError: its ``model_index.json`` is no index of a pipeline.
+    """
+    return [
+        name
+        for name, is_there in _entries(path).items()
+        if is_there and any(it.suffix in _WEIGHTS for it in (path / name).glob("*"))
+    ]
+
+
+def assemble(path: Path, found: Mapping[str, Component]) -> Any:
+    """Let diffusers put a pipeline together around models that are built already.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    given: dict[str, Any] = {name: component.module for name, component in found.items()}
+    given |= {name: None for name, is_there in _entries(path).items() if not is_there}
+    make: Any = DiffusionPipeline.from_pretrained  # diffusers has no types
+    try:
+        return make(path, local_files_only=True, **given)
+    except Exception as error:
+        raise ModelError(
+            f"diffusers cannot make a pipeline of {path}: {error}",
+            hint="the directory as it was saved: each component in a folder of its own",
+        ) from error
+
+
+def _entries(path: Path) -> dict[str, bool]:
+    """A pipeline's components by name, and whether it was saved with them."""
+    index = path / "model_index.json"
+    try:
+        said = json.loads(index.read_bytes())
+        return {name: any(entry) for name, entry in said.items() if isinstance(entry, list)}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{index} is no index of a pipeline: {error}",
+            hint="the file may be damaged; download it again",
+        ) from error
 
 
 def _models(pipe: DiffusionPipeline, found: Mapping[str, Component]) -> dict[str, Component]:

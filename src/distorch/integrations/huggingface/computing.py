@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import torch
 
 from distorch.errors import ModelError
+from distorch.formats import TensorInfo
 from distorch.integrations.memories import as_seen, machine_here
 from distorch.integrations.request import Request
+from distorch.integrations.resting import TORCH_DTYPES
 from distorch.machine import Machine
 from distorch.plan.plan import Plan
 
-__all__ = ["read_dtype", "usual_dtype"]
+__all__ = ["read_dtype", "stored_dtype", "usual_dtype"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -40,6 +45,20 @@ def read_dtype(asked: str | torch.dtype | None) -> torch.dtype | None:
             hint='compute_dtype="bfloat16", "float16" or "float32"',
         )
     return found
+
+
+def stored_dtype(infos: Iterable[TensorInfo]) -> torch.dtype | None:
+    """Return the dtype that most of the bytes are stored in; None if models do not compute in it.
+
+    >>> stored_dtype([]) is None
+    True
+    """
+    totals: Counter[str] = Counter()
+    for info in infos:
+        totals[info.dtype] += info.nbytes
+    most = max(totals, key=lambda name: totals[name], default="")
+    found = TORCH_DTYPES.get(most)
+    return found if found in _DTYPES.values() else None
 
 
 def usual_dtype(request: Request, model_bytes: int, machine: Machine | None) -> torch.dtype:

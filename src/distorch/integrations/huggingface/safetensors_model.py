@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from distorch.errors import ModelError
 from distorch.formats import Checkpoint
 from distorch.formats.scales import Scaled, pair_scales
+from distorch.integrations.huggingface.computing import stored_dtype
 from distorch.integrations.huggingface.scales import read_scales
 from distorch.integrations.huggingface.skeleton import Built, build_empty, match
 from distorch.integrations.resting import TORCH_DTYPES
@@ -115,11 +116,7 @@ def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     configured = getattr(config, "dtype", None)
     if isinstance(configured, torch.dtype):
         return configured
-    totals: dict[str, int] = {}
-    for info in checkpoint.values():
-        totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
-    stored = TORCH_DTYPES.get(max(totals, key=lambda name: totals[name]), torch.float32)
-    return stored if stored.is_floating_point and stored.itemsize > 1 else torch.float32
+    return stored_dtype(checkpoint.values()) or torch.float32
 
 
 def _names(model: transformers.PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:

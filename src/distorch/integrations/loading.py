@@ -1,0 +1,170 @@
+"""Loads models that have never been in memory: of transformers, of diffusers, whole pipelines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distorch.allocation import Allocation
+from distorch.errors import MissingExtraError, ModelError
+from distorch.formats import Checkpoint, open_checkpoint
+from distorch.integrations.attach import Handle, Progress
+from distorch.integrations.huggingface.computing import read_dtype, stored_dtype, usual_dtype
+from distorch.integrations.module_tree import Tree, describe
+from distorch.integrations.request import Request
+from distorch.machine import Machine
+from distorch.plan.plan import Plan
+from distorch.tiers import Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from distorch.integrations.huggingface.skeleton import Built
+
+__all__ = ["load"]
+
+_INDEX = "model_index.json"  # of a pipeline of diffusers
+
+
+def load(  # noqa: PLR0913  (each is one thing that a user may ask for)
+    path: str | os.PathLike[str],
+    allocation: str | Allocation | Plan | None = None,
+    *,
+    virtual_vram_gb: float | None = None,
+    donor: str | Sequence[str] | None = None,
+    compute: str | None = None,
+    ring: str | int | None = None,
+    weight_dtype: str | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    components: Mapping[str, str] | None = None,
+    machine: Machine | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Build the model or the pipeline at ``path``, distributed; it is never whole in memory.
+
+    ``path`` is a GGUF or safetensors file, a directory of transformers or diffusers, or the
+    directory of a whole pipeline of diffusers. Single files of image and video models may be in
+    the layout of their authors (as for ComfyUI) or in diffusers' own. What comes is of
+    transformers' or diffusers' own class. Each weight is read once, straight to where the plan has
+    it rest, in the form it has on disk. Other arguments are those of `distorch.distribute`;
+    ``distorch.handle_of(model)`` is the handle. Nothing is fetched from a network, and no code that
+    comes with a model is run.
+
+    ``weight_dtype`` brings matrices into another format while they are read, a few MiB at a time:
+    ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, ``"fp16"``, ``"bf16"``, ``"f32"``, ``"q8_0"`` or another of
+    GGUF's. What then rests on disk is a copy in that format, in the folder that the line names or
+    the temporary one. ``compute_dtype`` is what the model computes in: by default the dtype of the
+    configuration beside safetensors, and of a GGUF float32 on the CPU, bfloat16 on an accelerator.
+
+    Raises:
+        StorageError, FormatError: the path holds no whole checkpoint.
+        ModelError: its architecture or its tensors are not ones that can be loaded.
+        AllocationError: the line does not fit this machine.
+        MissingExtraError: transformers or diffusers is not installed.
+    """
+    request = Request(
+        allocation=allocation,
+        virtual_vram_gb=virtual_vram_gb,
+        donor=donor,
+        compute=compute,
+        ring=ring,
+    )
+    dtype = read_dtype(compute_dtype)
+    if (Path(path) / _INDEX).is_file():
+        return _pipeline(Path(path), request, components, weight_dtype, dtype, machine, progress)
+    if components is not None:
+        raise ModelError(
+            f"components are of a pipeline, and {path} is a single model",
+            hint="distorch.load(path, line)",
+        )
+    with open_checkpoint(path) as checkpoint:
+        built = _built(checkpoint, request, dtype, machine)
+    module, tree, source = _opened(built, weight_dtype)
+    try:
+        Handle(module, tree, source).bind(request, machine, progress)
+    except BaseException:
+        source.close()
+        raise
+    return module
+
+
+def _built(
+    checkpoint: Checkpoint, request: Request, dtype: torch.dtype | None, machine: Machine | None
+) -> Built:
+    """Build a checkpoint's model without memory, by the library whose model it is."""
+    if _is_of_diffusers(checkpoint):
+        dtype = dtype or stored_dtype(checkpoint.values())
+        dtype = dtype or usual_dtype(request, checkpoint.nbytes, machine)
+        models = _needed("diffusers", "distorch.integrations.diffusers.models")
+        return models.build(checkpoint, dtype)  # type: ignore[no-any-return]  # imported by name
+    kind = "safetensors"
+    if checkpoint.format == "gguf":
+        kind, dtype = "gguf", dtype or usual_dtype(request, checkpoint.nbytes, machine)
+    builder = _needed("transformers", f"distorch.integrations.huggingface.{kind}_model")
+    return builder.build(checkpoint, dtype)  # type: ignore[no-any-return]  # imported by name
+
+
+def _opened(built: Built, weight_dtype: str | None) -> tuple[Any, Tree, Source]:
+    built, source = built.open(weight_dtype)
+    tree = describe(built.model, built.stored)
+    return built.model, replace(tree, notes=built.notes + tree.notes), source
+
+
+def _is_of_diffusers(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an image or video model's: nothing heavy is imported to tell."""
+    if checkpoint.format == "gguf":
+        return "token_embd.weight" not in checkpoint
+    try:
+        config = json.loads((checkpoint.path.parent / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return not any(name.startswith(("model.layers.", "encoder.")) for name in checkpoint)
+    return isinstance(config, dict) and "_class_name" in config
+
+
+def _pipeline(
+    path: Path,
+    request: Request,
+    components: Mapping[str, str] | None,
+    weight_dtype: str | None,
+    dtype: torch.dtype | None,
+    machine: Machine | None,
+    progress: Progress | None,
+) -> Any:
+    """Build a pipeline whose models have no memory, and distribute them."""
+    pipelines = _needed("diffusers", "distorch.integrations.diffusers.pipelines")
+    with ExitStack() as opened:
+        found = {}
+        for name in pipelines.models_in(path):
+            with open_checkpoint(path / name) as checkpoint:
+                built = _built(checkpoint, request, dtype, machine)
+            module, tree, source = _opened(built, weight_dtype)
+            opened.callback(source.close)
+            found[name] = pipelines.Component(name, module, tree, source)
+        pipe = pipelines.assemble(path, found)
+        pipelines.distribute_pipeline(
+            pipe, request, components=components, machine=machine, progress=progress, found=found
+        )
+        opened.pop_all()
+    return pipe
+
+
+def _needed(library: str, module: str) -> Any:
+    """Import one of our modules that needs a library.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import_module(library)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"loading this model needs {library}, which is not installed",
+            hint=f'pip install "distorch[{library}]"',
+        ) from error
+    return import_module(module)
