@@ -429,7 +429,7 @@ def test_few_rows_are_multiplied_by_one_kernel_where_that_is_asked_for(
 
 
 def test_a_product_that_is_not_for_the_kernel_is_left_to_torch(on_gpu: pytest.MonkeyPatch) -> None:
-    """More rows, none, a gradient to track."""
+    """More rows, none, a gradient to track, a bias that is packed."""
     on_gpu.setenv("DISTORCH_FUSED", "1")
     weight = weight_of("Q4_K", 24, 512, torch.float32)
     assert choice.few_rows(torch.randn(16, 512), weight.packed, weight.form, None) is not None
@@ -438,6 +438,11 @@ def test_a_product_that_is_not_for_the_kernel_is_left_to_torch(on_gpu: pytest.Mo
     x = torch.randn(2, 512, requires_grad=True)
     F.linear(x, weight).sum().backward()
     assert x.grad is not None
+    packed = tensor.QuantTensor(
+        torch.ones(96, dtype=torch.uint8), BLOCK_FORMATS["F32"], (24,), x.dtype
+    )
+    expected = F.linear(x, weight.materialize(), packed.materialize())
+    assert torch.equal(F.linear(x.detach(), weight, packed), expected)
 
 
 def test_a_product_that_is_off_is_not_used(

@@ -141,7 +141,7 @@ class QuantTensor(LazyWeight):
         device_type = self.packed.device.type
         tracked = torch.is_grad_enabled() and x.requires_grad
         plain = self.scale is None and x.dtype == self.compute_dtype and not tracked
-        if device_type in GPUS and plain:
+        if device_type in GPUS and plain and not isinstance(bias, LazyWeight):
             y = few_rows(x, self.packed, self.form, bias)
             if y is not None:
                 return y
