@@ -33,7 +33,7 @@ _SHOWN_NAMES = 3
 class Built:
     """A model on the meta device, and for each of its weights where and how it is stored."""
 
-    model: PreTrainedModel
+    model: nn.Module
     infos: Mapping[str, TensorInfo]
     amend: Mapping[str, Amend] = field(default_factory=dict)
     scales: Mapping[str, Scale] = field(default_factory=dict)
@@ -136,7 +136,7 @@ def match(
         what = f"lacks {_names(missing)}" if missing else f"holds {_names(strange)} besides"
         raise ModelError(
             f"{path} {what}: it is not a whole {type(model).__name__}",
-            hint="a file that transformers loads as this class; fused experts are not read yet",
+            hint="a whole file or directory of this class; fused experts are not read yet",
         )
     for name, parameter in wanted.items():
         if _squeezed(infos[name].shape) != _squeezed(parameter.shape):
