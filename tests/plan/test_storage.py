@@ -30,7 +30,7 @@ def test_a_stored_weight_has_the_bytes_of_its_dtype(name: str, shape: tuple[int,
 
 def test_every_block_format_of_gguf_is_known_by_its_name_in_any_case() -> None:
     names = {dtype.name for dtype in GGML_DTYPES.values() if dtype.block_elements > 1}
-    assert names | {"bf16", "f16", "f32", "fp8"} == set(FORMATS)
+    assert names | {"bf16", "f16", "f32", "fp8", "fp8_e5m2"} == set(FORMATS)
     for name in FORMATS:
         assert format_named(name.upper()) == format_named(name.lower()) == FORMATS[name]
 
@@ -57,7 +57,7 @@ def test_the_rule(name: str, shape: tuple[int, ...], dtype: str) -> None:
 
 
 def test_an_unknown_format_is_answered_with_all_known_and_the_nearest() -> None:
-    with pytest.raises(ModelError, match=r"bf16, f16, f32, fp8, Q4_0") as caught:
+    with pytest.raises(ModelError, match=r"bf16, f16, f32, fp8, fp8_e5m2, Q4_0") as caught:
         format_named("Q4_K_M")
     assert caught.value.hint == "Q4_K"
 
