@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -404,6 +407,18 @@ def test_without_triton_torch_decodes_and_one_line_says_so(
         choice.gpu_decoder.cache_clear()
     expected = "no Triton here (No module named 'triton'): torch decodes instead, slower"
     assert [record.getMessage() for record in caplog.records] == [expected]
+
+
+def test_triton_is_not_imported_where_no_gpu_computes() -> None:
+    code = """
+        import sys, torch
+        from distorch.quant.block_formats import BLOCK_FORMATS
+        from distorch.quant.tensor import QuantTensor
+        blocks = torch.zeros(34, dtype=torch.uint8)
+        QuantTensor(blocks, BLOCK_FORMATS["Q8_0"], (1, 32), torch.float32).materialize()
+        assert "triton" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=100)
 
 
 def weight_of(name: str, outputs: int, columns: int, dtype: torch.dtype) -> tensor.QuantTensor:
