@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distorch.errors import ModelError
-from distorch.formats.dtypes import DTYPES, GGML_DTYPES
+from distorch.formats.dtypes import DTYPES, GGML_DTYPES, TensorInfo
 from distorch.plan.blocks import Node, TensorSpec
-from distorch.plan.storage import FORMATS, Format, format_named, stored_as
+from distorch.plan.storage import FORMATS, Format, converted, format_named, stored_as
 
 shapes = st.lists(st.sampled_from([1, 3, 32, 64, 256, 768]), min_size=1, max_size=4).map(tuple)
 
@@ -67,3 +68,34 @@ def test_what_packed_weights_are_computed_in() -> None:
     assert (computed["f16"], computed["f32"]) == ("F16", "F32")
     assert {computed[name] for name in FORMATS if name not in {"f16", "f32"}} == {"BF16"}
     assert isinstance(FORMATS["fp8"], Format)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "wanted"),
+    [
+        ("BF16", (64, 256), "Q4_K"),
+        ("Q8_0", (64, 256), "Q4_K"),
+        ("F8_E4M3", (64, 256), "Q4_K"),
+        ("BF16", (4, 64, 256), "Q4_K"),
+        ("BF16", (4096,), "BF16"),
+        ("F32", (64, 96), "F32"),
+        ("BF16", (4, 256), "BF16"),
+        ("F32", (8, 8, 3, 256), "F32"),
+        ("I32", (64, 256), "I32"),
+    ],
+)
+def test_large_matrices_of_whole_blocks_are_converted_and_no_others(
+    dtype: str, shape: tuple[int, ...], wanted: str
+) -> None:
+    info = TensorInfo("w", dtype, shape, 0, DTYPES[dtype].nbytes(shape), Path("w"))
+    found = converted({"w": info}, format_named("q4_k"))["w"]
+    assert (found.dtype, found.nbytes) == (wanted, DTYPES[wanted].nbytes(shape))
+    kept = wanted if len(shape) == 2 else dtype  # a scale is for the rows of one matrix
+    assert converted({"w": info}, format_named("q4_k"), {"w"})["w"].dtype == kept
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"), [("fp8_e4m3fn", "fp8"), ("fp16", "f16"), ("BFLOAT16", "bf16")]
+)
+def test_torchs_names_are_known_too(alias: str, name: str) -> None:
+    assert format_named(alias) is FORMATS[name]
