@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -258,35 +258,41 @@ class MemoryGroups:
                 (folder / self.limit).write_text(str(cap_bytes))
                 with suppress(OSError):  # no such file where the system does not count swap
                     (folder / "memory.swap.max").write_text("0")
-            began = ["sh", "-c", _JOIN, str(folder / "cgroup.procs"), *command]
-            process = subprocess.Popen(began, stdout=subprocess.PIPE, text=True)
-            try:
-                peak_anonymous = _watch(process)
-                output = process.communicate()[0]
-            finally:
-                process.kill()  # after Ctrl-C; the group goes when it is empty
-                process.wait()
+            found = CappedRun.measured(["sh", "-c", _JOIN, str(folder / "cgroup.procs"), *command])
             peak = folder / self.peak
-            return CappedRun(
-                figures=json.loads(output.splitlines()[-1]) if process.returncode == 0 else None,
-                returncode=process.returncode,
-                peak_bytes=int(peak.read_text()) if peak.exists() else 0,
-                peak_anonymous_bytes=peak_anonymous,
-            )
+            peak_bytes = int(peak.read_text()) if peak.exists() else found.peak_bytes
+            return replace(found, peak_bytes=peak_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CappedRun:
-    """What a command under a cap printed as its last line, and the memory it took.
+    """What a command printed as its last line, and the memory it took.
 
-    ``peak_bytes`` counts all of the group, its page cache too; ``peak_anonymous_bytes`` what the
-    process itself could not do without.
+    ``peak_bytes`` counts all of the group, its page cache too, or without a group all that the
+    process had mapped; ``peak_anonymous_bytes`` what it could not do without.
     """
 
     figures: Figures | None
     returncode: int
     peak_bytes: int
     peak_anonymous_bytes: int
+
+    @classmethod
+    def measured(cls, command: Sequence[str]) -> Self:
+        """Run a command and watch the memory of its process."""
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            peaks = _watch(process)
+            output = process.communicate()[0]
+        finally:
+            process.kill()  # after Ctrl-C; its group goes when it is empty
+            process.wait()
+        return cls(
+            figures=json.loads(output.splitlines()[-1]) if process.returncode == 0 else None,
+            returncode=process.returncode,
+            peak_bytes=peaks["VmRSS"],
+            peak_anonymous_bytes=peaks["RssAnon"],
+        )
 
 
 def _own_folder() -> Path:
@@ -299,14 +305,15 @@ def _own_folder() -> Path:
     return _CGROUP / "memory"
 
 
-def _watch(process: subprocess.Popen[str]) -> int:
-    """Wait for a process; return the most anonymous memory it was seen with."""
+def _watch(process: subprocess.Popen[str]) -> dict[str, int]:
+    """Wait for a process; return the most memory it was seen with: mapped, and anonymous."""
     status = Path(f"/proc/{process.pid}/status")
-    peak_kib = 0
+    peaks = {"VmRSS": 0, "RssAnon": 0}
     while process.poll() is None:
         with suppress(OSError):
             for line in status.read_text(encoding="utf-8").splitlines():
-                if line.startswith("RssAnon:"):
-                    peak_kib = max(peak_kib, int(line.split()[1]))
+                name, _, value = line.partition(":")
+                if name in peaks:
+                    peaks[name] = max(peaks[name], int(value.split()[0]) << 10)
         time.sleep(_POLL_SECONDS)
-    return peak_kib << 10
+    return peaks
