@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from distorch.errors import ModelError
 from distorch.formats import Checkpoint
@@ -120,12 +122,17 @@ def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _names(model: transformers.PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """The model's names of tensors: a base model's checkpoint lacks the prefix, or has it."""
+    """The model's names of tensors: transformers has renamed modules since files were written.
+
+    And a base model's checkpoint lacks the prefix of a model with a head, or the other way about.
+    """
     names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     prefix = f"{model.base_model_prefix}."
+    changes = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     renamed = {}
     for name in tensors:
-        tries = (name, prefix + name, name.removeprefix(prefix))
+        now, _ = rename_source_key(name, changes, [])
+        tries = (now, prefix + now, now.removeprefix(prefix))
         renamed[name] = next((t for t in tries if t in names), name)
     return renamed
 
