@@ -138,15 +138,16 @@ def _pipeline(
 ) -> Any:
     """Build a pipeline whose models have no memory, and distribute them."""
     pipelines = _needed("diffusers", "distorch.integrations.diffusers.pipelines")
+    directory = _needed("diffusers", "distorch.integrations.diffusers.directory")
     with ExitStack() as opened:
         found = {}
-        for name in pipelines.models_in(path):
+        for name in directory.models_in(path):
             with open_checkpoint(path / name) as checkpoint:
                 built = _built(checkpoint, request, dtype, machine)
             module, tree, source = _opened(built, weight_dtype)
             opened.callback(source.close)
             found[name] = pipelines.Component(name, module, tree, source)
-        pipe = pipelines.assemble(path, found)
+        pipe = directory.assemble(path, {name: model.module for name, model in found.items()})
         pipelines.distribute_pipeline(
             pipe, request, components=components, machine=machine, progress=progress, found=found
         )

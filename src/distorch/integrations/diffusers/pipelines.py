@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from distorch.allocation import Allocation
 from distorch.errors import ModelError
 from distorch.integrations.attach import Handle, Progress
+from distorch.integrations.diffusers.doors import Door
 from distorch.integrations.memories import as_seen, machine_here
 from distorch.integrations.module_tree import Tree, describe
 from distorch.integrations.request import Request
@@ -29,7 +26,6 @@ from distorch.tiers import Source
 __all__ = ["Component", "PipelineHandle", "distribute_pipeline"]
 
 _ATTRIBUTE = "_distorch_handle"
-_WEIGHTS = {".safetensors", ".gguf"}
 _MAIN = ("transformer", "unet", "transformer_2")  # what runs most steps, and where latents are
 
 
@@ -59,7 +55,7 @@ class PipelineHandle(Mapping[str, Handle]):
     def __init__(self, pipe: DiffusionPipeline, turns: Turns | None) -> None:
         self._pipe, self._turns = pipe, turns
         self._handles: dict[str, Handle] = {}
-        self._doors: list[_Door] = []
+        self._doors: list[Door] = []
 
     @property
     def budget_bytes(self) -> int | None:
@@ -95,7 +91,7 @@ class PipelineHandle(Mapping[str, Handle]):
 
     def _add(self, component: Component, handle: Handle, device: str) -> None:
         self._handles[component.name] = handle
-        self._doors.append(_Door(component.module, handle, torch.device(device)))
+        self._doors.append(Door(component.module, handle, torch.device(device)))
 
 
 def distribute_pipeline(
@@ -148,50 +144,6 @@ def distribute_pipeline(
         raise
     pipe.__dict__[_ATTRIBUTE] = handle
     return handle
-
-
-def models_in(path: Path) -> list[str]:
-    """Return the names of the models with weights in a pipeline's directory.
-
-    Raises:
-        ModelError: its ``model_index.json`` is no index of a pipeline.
-    """
-    return [
-        name
-        for name, is_there in _entries(path).items()
-        if is_there and any(it.suffix in _WEIGHTS for it in (path / name).glob("*"))
-    ]
-
-
-def assemble(path: Path, found: Mapping[str, Component]) -> Any:
-    """Let diffusers put a pipeline together around models that are built already.
-
-    Raises:
-        ModelError: it cannot.
-    """
-    given: dict[str, Any] = {name: component.module for name, component in found.items()}
-    given |= {name: None for name, is_there in _entries(path).items() if not is_there}
-    make: Any = DiffusionPipeline.from_pretrained  # diffusers has no types
-    try:
-        return make(path, local_files_only=True, **given)
-    except Exception as error:
-        raise ModelError(
-            f"diffusers cannot make a pipeline of {path}: {error}",
-            hint="the directory as it was saved: each component in a folder of its own",
-        ) from error
-
-
-def _entries(path: Path) -> dict[str, bool]:
-    """A pipeline's components by name, and whether it was saved with them."""
-    index = path / "model_index.json"
-    try:
-        said = json.loads(index.read_bytes())
-        return {name: any(entry) for name, entry in said.items() if isinstance(entry, list)}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"{index} is no index of a pipeline: {error}",
-            hint="the file may be damaged; download it again",
-        ) from error
 
 
 def _models(pipe: DiffusionPipeline, found: Mapping[str, Component]) -> dict[str, Component]:
@@ -294,57 +246,3 @@ class _Summed:
     def begin_next(self, done_bytes: int) -> None:
         """Count a whole model."""
         self._before_bytes += done_bytes
-
-
-class _Door(ModelHook):  # type: ignore[misc]  # accelerate has no types
-    """Stands before a model: gives it its turn, and brings inputs to its device.
-
-    diffusers calls ``pre_forward`` before a VAE decodes or encodes, which is not its forward, and
-    asks for ``execution_device`` to know where latents are made: protocols of accelerate's hooks.
-    """
-
-    def __init__(self, module: nn.Module, handle: Handle, latents: torch.device) -> None:
-        self._module, self._handle = module, handle
-        self._device, self.execution_device = torch.device(handle.plan.compute), latents
-        self._hooks = [
-            module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
-            module.register_forward_hook(self._leave),
-        ]
-        if hasattr(module, "decode"):
-            self._hooks += [
-                child.register_forward_pre_hook(self._align, prepend=True, with_kwargs=True)
-                for child in module.children()
-            ]
-        module._hf_hook = self  # noqa: SLF001  (the name of the protocol)
-
-    def pre_forward(self, _module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Give the model its turn."""
-        if isinstance(self._handle, SharingHandle):
-            self._handle.turns.enter(self._handle)
-        return args, kwargs
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
-        self._module.__dict__.pop("_hf_hook", None)
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        before = set(module._forward_pre_hooks)  # noqa: SLF001  (torch has no other list of them)
-        self.pre_forward(module)
-        for key, hook in list(module._forward_pre_hooks.items()):  # noqa: SLF001  (as above)
-            if key not in before:  # it came too late for this pass, which has begun
-                hook(module, args)
-        return self._align(module, args, kwargs)
-
-    def _align(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return _to(self._device, (args, kwargs))
-
-    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        return _to(self.execution_device, output)
-
-
-def _to(device: torch.device, values: Any) -> Any:
-    return tree_map_only(
-        Tensor, lambda value: value if value.device == device else value.to(device), values
-    )
