@@ -12,15 +12,11 @@ import libgguf
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from distorch.formats import open_checkpoint
-from distorch.integrations.attach import Handle
 from distorch.integrations.diffusers import models
 from distorch.integrations.huggingface.skeleton import Built
-from distorch.integrations.module_tree import describe
-from distorch.integrations.request import Request
-from distorch.machine import Machine
 from tests.integrations.diffusers.originals import TINY, WIDTH, State, state_of, to_original
 
 FORMS = ("bf16", "fp8", "fp8 scaled", "Q8_0", "Q4_K")
@@ -142,14 +138,6 @@ def write_config(folder: Path, name: str) -> None:
 def build(path: Path, dtype: torch.dtype = torch.float32) -> Built:
     with open_checkpoint(path) as checkpoint:
         return models.build(checkpoint, dtype)
-
-
-def load(path: Path, line: str, dtype: torch.dtype, machine: Machine) -> tuple[nn.Module, Handle]:
-    """Build the model of a file, its weights placed by a line."""
-    built, source = build(path, dtype).open()
-    handle = Handle(built.model, describe(built.model, built.stored), source)
-    handle.bind(Request(allocation=line), machine, None)
-    return built.model, handle
 
 
 def read(built: Built) -> State:

@@ -421,11 +421,10 @@ def state_of(name: str, seed: int = 0) -> State:
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = tiny.model_class.from_config(dict(tiny.config)).state_dict()
-    state = {
+    return {
         key: torch.randn(value.shape, generator=generator) / 16 + (value.dim() == 1)
         for key, value in shapes.items()
     }
-    return {key: value.bfloat16().float() for key, value in state.items()}
 
 
 def to_original(layout: Mapping[str, str], state: State) -> State:

@@ -30,22 +30,9 @@ from distorch.integrations.huggingface.scales import read_scales
 from distorch.integrations.huggingface.skeleton import Built, match
 from distorch.quant.of_checkpoint import dequantize
 
-__all__ = ["build", "class_name_in", "is_known"]
+__all__ = ["build"]
 
 _LORA: Final = re.compile(r"\.lora[._](A|B|down|up)\b")
-
-
-def is_known(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint is a model of diffusers, by its configuration or by its tensors."""
-    return (
-        class_name_in(checkpoint.path.parent) is not None or layout_of(bare(checkpoint)) is not None
-    )
-
-
-def class_name_in(folder: Path) -> str | None:
-    """Return the class that the ``config.json`` of a model of diffusers names."""
-    name = _config_in(folder).get("_class_name")
-    return name if isinstance(name, str) else None
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Built:
@@ -67,7 +54,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Built:
     config = config or _guessed(model_class.__name__, found.infos, checkpoint.path)
     model = _empty(model_class, config, dtype)
     ignored = [
-        *_fill_buffers(model, found.infos, checkpoint),
+        *_fill_buffers(model, found.infos, checkpoint, dtype),
         *(name for name in found.infos if _is_ignored(model_class, name)),
     ]
     try:
@@ -95,8 +82,10 @@ def _model_class(
         )
     named = config.get("_class_name")
     if named is None and layout is None:
+        said = checkpoint.metadata.get("general.architecture")
+        kind = f", of the architecture {said!r}" if said else ""
         raise ModelError(
-            f"{checkpoint.path} is no model that is known by its tensors",
+            f"{checkpoint.path} is no model that is known by its tensors{kind}",
             hint=f"a directory with its config.json, or a file of one of these: {known}",
         )
     class_name = str(named if layout is None or named is not None else layout.class_name)
@@ -147,14 +136,18 @@ def _empty(
             f"diffusers cannot build a {model_class.__name__} of this configuration: {error}",
             hint="the configuration may be damaged, or be that of another model",
         ) from error
-    exact = set(model_class._keep_in_fp32_modules or ())  # noqa: SLF001  (diffusers' only word for it)
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
-                kept = not exact.isdisjoint(f"{prefix}.{name}".split("."))
-                wanted = torch.float32 if kept else dtype
+                wanted = _dtype_of(f"{prefix}.{name}", model, dtype)
                 module._parameters[name] = nn.Parameter(parameter.to(wanted), requires_grad=False)
     return model.eval()
+
+
+def _dtype_of(name: str, model: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor of a model that computes in ``dtype``."""
+    exact = getattr(model, "_keep_in_fp32_modules", None) or ()  # as diffusers has it
+    return dtype if set(exact).isdisjoint(name.split(".")) else torch.float32
 
 
 @contextmanager
@@ -169,19 +162,20 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _fill_buffers(
-    model: nn.Module, infos: Mapping[str, TensorInfo], checkpoint: Checkpoint
+    model: nn.Module, infos: Mapping[str, TensorInfo], checkpoint: Checkpoint, dtype: torch.dtype
 ) -> set[str]:
-    """Give buffers that the checkpoint holds their values; return their names."""
+    """Give buffers that the checkpoint holds their values, in the dtype of parameters."""
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in infos}
     for name, buffer in buffers.items():
-        value = dequantize(checkpoint, infos[name].name)
+        value = dequantize(checkpoint, infos[name].name, _dtype_of(name, model, dtype))
         if value.numel() != buffer.numel():
             raise ModelError(
                 f"{name} has shape {list(value.shape)} in {checkpoint.path}, "
                 f"{list(buffer.shape)} in {type(model).__name__}",
                 hint="the configuration and the weights belong to different models",
             )
-        buffer.copy_(value.view(buffer.shape))
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = value.view(buffer.shape)
     return set(buffers)
 
 
