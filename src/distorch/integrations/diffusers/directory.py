@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -38,7 +39,7 @@ def assemble(path: Path, models: Mapping[str, nn.Module]) -> Any:
     """
     given: dict[str, Any] = dict(models)
     given |= {name: None for name, is_there in _entries(path).items() if not is_there}
-    make: Any = DiffusionPipeline.from_pretrained  # diffusers has no types
+    make: Any = _class(path).from_pretrained  # diffusers has no types
     try:
         return make(path, local_files_only=True, **given)
     except Exception as error:
@@ -48,13 +49,28 @@ def assemble(path: Path, models: Mapping[str, nn.Module]) -> Any:
         ) from error
 
 
+def _class(path: Path) -> type[DiffusionPipeline]:
+    """The pipeline's own class: asked of a base, diffusers loads what is optional once more."""
+    name = str(_index(path).get("_class_name"))
+    found = getattr(diffusers, name, None)
+    if not isinstance(found, type) or not issubclass(found, DiffusionPipeline):
+        raise ModelError(
+            f"{path} is a {name}, which is no pipeline of diffusers {diffusers.__version__}",
+            hint="a newer diffusers, if it has one; code in a directory is not run",
+        )
+    return found
+
+
 def _entries(path: Path) -> dict[str, bool]:
     """A pipeline's components by name, and whether it was saved with them."""
+    return {name: any(entry) for name, entry in _index(path).items() if isinstance(entry, list)}
+
+
+def _index(path: Path) -> dict[str, Any]:
     index = path / "model_index.json"
     try:
-        said = json.loads(index.read_bytes())
-        return {name: any(entry) for name, entry in said.items() if isinstance(entry, list)}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return dict(json.loads(index.read_bytes()))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{index} is no index of a pipeline: {error}",
             hint="the file may be damaged; download it again",
