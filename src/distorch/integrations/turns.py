@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from distorch.allocation import Allocation
-from distorch.errors import AllocationError, ModelError
+from distorch.errors import AllocationError, ExecutorError, ModelError
 from distorch.integrations.attach import Handle, Progress
 from distorch.integrations.filling import Originals, fill
 from distorch.integrations.hooking import Attachment, runs_of
@@ -62,13 +62,18 @@ class Turns:
 
         Raises:
             AllocationError: the device has no room, although they have given way.
+            ExecutorError: one of them is in the midst of a pass.
         """
         with self._lock:
             if handle.is_awake:
                 return
-            self._handles.remove(handle)
-            self._handles.append(handle)
-            others = self._handles[:-1]
+            others = [other for other in self._handles if other is not handle]
+            if any(other.passes for other in others):
+                raise ExecutorError(
+                    "another model of this pipeline is in the midst of a pass, and has the memory",
+                    hint="one pass at a time, or a line of its own for each: components={...}",
+                )
+            self._handles = [*others, handle]
             for other in others:
                 other.sleep()
             held_bytes = sum(other.cached_bytes for other in others)
@@ -83,10 +88,12 @@ class SharingHandle(Handle):
     """The distribution of a model that takes turns with others (`Turns`).
 
     It sleeps until it runs: its weights are with the donors, but for those on the device that
-    nobody has needed the room of. ``moved_bytes`` counts what was brought there for its turns.
+    nobody has needed the room of. ``moved_bytes`` counts what was brought there for its turns,
+    ``passes`` the passes it is in.
     """
 
     turns: Turns
+    passes = 0
     moved_bytes: int
     _homes: dict[str, Store]
     _cache: CachedTier

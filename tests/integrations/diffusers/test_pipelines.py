@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import distorch
-from distorch.errors import AllocationError, ModelError
+from distorch.errors import AllocationError, ExecutorError, ModelError
 from distorch.integrations.diffusers.pipelines import PipelineHandle
 from tests.integrations.diffusers.make import NUM_STEPS, flux_pipeline, picture
 
@@ -196,3 +196,33 @@ def test_components_are_of_a_pipeline(saved: Path) -> None:
         distorch.load(saved / "transformer", "cpu,*", components={"vae": "cpu,*"})
     with pytest.raises(ModelError, match="components are of a pipeline"):
         distorch.distribute(torch.nn.Linear(2, 2), "cpu,*", components={"vae": "cpu,*"})
+
+
+def test_a_lora_stays_while_its_model_sleeps_and_wakes(pipe: Any, expected: Any) -> None:
+    weights = {
+        f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight": torch.randn(shape)
+        for side, shape in (("A", (4, 256)), ("B", (256, 4)))
+    }
+    handle = distorch.distribute(pipe, "cpu,*")
+    handle["transformer"].add_lora(weights)
+    changed = picture(pipe)
+    assert not np.array_equal(changed, expected)
+    handle.remove()
+    handle = distorch.distribute(pipe, "cpu,4mb;disk,*")
+    lora = handle["transformer"].add_lora(weights)
+    for _ in range(2):
+        assert np.array_equal(picture(pipe), changed)
+    lora.strength = 0
+    assert np.array_equal(picture(pipe), expected)
+
+
+def test_a_model_that_runs_is_not_put_to_sleep(pipe: Any, expected: Any) -> None:
+    distorch.distribute(pipe, "cpu,4mb;disk,*")
+    ids = torch.arange(8)[None]
+    meanwhile = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(
+        lambda *_: pipe.text_encoder_2(ids)
+    )
+    with pytest.raises(ExecutorError, match="in the midst of a pass"):
+        picture(pipe)
+    meanwhile.remove()
+    assert np.array_equal(picture(pipe), expected)

@@ -28,6 +28,7 @@ class Door(ModelHook):  # type: ignore[misc]  # accelerate has no types
         self._hooks = [
             module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             module.register_forward_hook(self._leave),
+            module.register_forward_hook(self._end, always_call=True),
         ]
         if hasattr(module, "decode"):
             self._hooks += [
@@ -51,10 +52,18 @@ class Door(ModelHook):  # type: ignore[misc]  # accelerate has no types
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         before = set(module._forward_pre_hooks)  # noqa: SLF001  (torch has no other list of them)
         self.pre_forward(module)
+        self._count(1)
         for key, hook in list(module._forward_pre_hooks.items()):  # noqa: SLF001  (as above)
             if key not in before:  # it came too late for this pass, which has begun
                 hook(module, args)
         return self._align(module, args, kwargs)
+
+    def _end(self, _module: nn.Module, _args: Any, _output: Any = None) -> None:
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        if isinstance(self._handle, SharingHandle):
+            self._handle.passes = max(0, self._handle.passes + change)
 
     def _align(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         moved = {name: _to(self._device, value) for name, value in kwargs.items()}
