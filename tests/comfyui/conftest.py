@@ -17,7 +17,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.comfyui.cards import (
+    PLENTY,
+    core,
+    empty,
+    give_room,
+    new_seed,
+)
 from tests.comfyui.make import make_models
+from tests.comfyui.needs import need_flux
 from tests.comfyui.server import Server
 
 _ROOT = Path(__file__).parents[2]
@@ -48,6 +56,22 @@ def dynamic_cards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         tmp_path_factory.mktemp("dynamic"), *_with_cards("--enable-dynamic-vram")
     ) as found:
         yield found
+
+
+@pytest.fixture(params=["cards", "dynamic_cards"])
+def here(request: pytest.FixtureRequest) -> Server:
+    """A server with empty cards: ComfyUI's own memory manager, and DynamicVRAM."""
+    server: Server = request.getfixturevalue(request.param)
+    give_room(server, PLENTY)
+    empty(server)
+    return server
+
+
+@pytest.fixture
+def flux(here: Server) -> str:
+    need_flux(here, core("flux", "known", new_seed()))
+    empty(here)
+    return "flux"
 
 
 def _with_cards(*arguments: str) -> tuple[list[str], Mapping[str, str]]:

@@ -109,7 +109,8 @@ class SaveLoaded:
     def run(self, after: Any, name: str) -> Any:  # noqa: ARG002 (it only comes first)
         import comfy.model_management
 
-        loaded = [type(it.model).__name__ for it in comfy.model_management.loaded_models()]
+        held = [it for it in comfy.model_management.loaded_models() if it is not None]
+        loaded = [type(it.model).__name__ for it in held]
         path = Path(folder_paths.get_output_directory()) / f"{name}.json"
         path.write_text(json.dumps(loaded), encoding="utf-8")
         return {}

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,6 +68,14 @@ class Server:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read what a saver of the helper pack wrote."""
         return load_file(self.base / "output" / f"{name}.safetensors")
+
+    def same(self, ours: str, core: str) -> None:
+        """Assert that two savers wrote the same bits, and numbers."""
+        left, right = self.tensors(ours), self.tensors(core)
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            assert torch.equal(value, right[name]), name
+            assert bool(torch.isfinite(value.float()).all()), name
 
     def json(self, name: str) -> Any:
         return json.loads((self.base / "output" / f"{name}.json").read_text(encoding="utf-8"))

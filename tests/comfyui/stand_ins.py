@@ -13,6 +13,7 @@ from tests.comfyui.test_gguf import write_gguf
 
 _LINE = "cpu,1mb;disk,*"
 _SMALL = {"width": 64, "height": 64, "length": 5, "steps": 2, "start_at_step": 1, "end_at_step": 1}
+_SMALL |= {"keep_free_gb": 0.5}
 _ALL_STEPS = 10000
 _MADE_FROM_LATENTS = {"VAEDecode", "CreateVideo", "SaveVideo", "SaveImage"}
 
@@ -47,10 +48,10 @@ def _stem(folder: str, name: str) -> str:
     }[kind]
 
 
-def made_small(graph: Graph) -> Graph:
-    """Return the graph for the small models, on a machine without a card."""
+def made_small(graph: Graph, cards: str = "") -> Graph:
+    """Return the graph for the small models; ``cards`` is the kind of card, if there are any."""
     is_video = any(it["class_type"] == "EmptyHunyuanLatentVideo" for it in graph.values())
-    found = {key: _small_node(it) for key, it in graph.items()}
+    found = {key: _small_node(it, cards) for key, it in graph.items()}
     if not is_video:
         return found
     kept = {key: it for key, it in found.items() if it["class_type"] not in _MADE_FROM_LATENTS}
@@ -61,7 +62,7 @@ def made_small(graph: Graph) -> Graph:
     return {**kept, "saved": node("SaveSamples", it=last["inputs"]["samples"], name="example")}
 
 
-def _small_node(it: dict[str, Any]) -> dict[str, Any]:
+def _small_node(it: dict[str, Any], cards: str) -> dict[str, Any]:
     kind = it["class_type"]
     inputs: dict[str, Any] = {}
     for name, value in it["inputs"].items():
@@ -69,7 +70,8 @@ def _small_node(it: dict[str, Any]) -> dict[str, Any]:
         if name in _SMALL and not is_an_end:
             inputs[name] = _SMALL[name]
         elif isinstance(value, str) and value.startswith("cuda:"):
-            inputs[name] = _LINE if "," in value else "cpu"
+            elsewhere = _LINE if "," in value else "cpu"
+            inputs[name] = value.replace("cuda", cards) if cards else elsewhere
         else:
             inputs[name] = value
     if kind.startswith("DualCLIPLoader"):  # of the two, the one that can be small

@@ -17,6 +17,7 @@ from tests.comfyui.graphs import (
     sampled,
     with_lora,
 )
+from tests.comfyui.needs import need_flux
 from tests.comfyui.server import Refused, Server
 
 pytestmark = pytest.mark.slow
@@ -40,14 +41,6 @@ def _sampled(model: str, name: str, **more: Any) -> Graph:
     return sampled(graph, name, latent="flux" if model == "flux" else "wan", **more)
 
 
-def _same(server: Server, ours: str, core: str) -> None:
-    left, right = server.tensors(ours), server.tensors(core)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
-        assert bool(torch.isfinite(value.float()).all()), name
-
-
 @pytest.fixture(scope="session")
 def core(server: Server) -> Server:
     """The server, after ComfyUI's own loaders have written what they compute."""
@@ -62,20 +55,11 @@ def model(core: Server, request: pytest.FixtureRequest) -> str:
     """A diffusion model that this ComfyUI knows, sampled by its own loader."""
     name = str(request.param)
     if name == "flux":
-        _need_flux(core)
+        need_flux(core, _sampled("flux", "core_flux"))
     core.run(_sampled(name, f"core_{name}"))
     for strength in (0.5, 1.0):
         core.run(with_lora(_sampled(name, f"core_{name}_{strength}"), name, strength))
     return name
-
-
-def _need_flux(core: Server) -> None:
-    try:
-        core.run(_sampled("flux", "core_flux"))
-    except Refused as refused:
-        if not any(words in str(refused) for words in ("size mismatch", "by num_heads")):
-            raise
-        pytest.skip("this ComfyUI reads no sizes from a flux file, so that none can be tiny")
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -83,7 +67,7 @@ def test_a_diffusion_model_is_the_same_bits_from_every_place(
     core: Server, model: str, line: str
 ) -> None:
     core.run(placement(_sampled(model, "ours", line=line), "where"))
-    _same(core, "ours", f"core_{model}")
+    core.same("ours", f"core_{model}")
     where = core.json("where")
     assert where["class"].startswith("Distributed")
     assert set(where["bytes"]) <= {"cpu", "disk"}
@@ -100,7 +84,7 @@ def test_a_text_encoder_is_the_same_bits_from_every_place(core: Server, line: st
         expert_mode_allocations=line,
     )
     core.run(encoded({"clip": clip}, "ours_clip"))
-    _same(core, "ours_clip", "core_clip")
+    core.same("ours_clip", "core_clip")
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -112,14 +96,14 @@ def test_a_vae_is_the_same_bits_from_every_place(core: Server, line: str) -> Non
         expert_mode_allocations=line,
     )
     core.run(decoded({"vae": vae}, "ours_vae"))
-    _same(core, "ours_vae", "core_vae")
+    core.same("ours_vae", "core_vae")
 
 
 def test_a_node_with_a_device_only_is_comfyuis_own_loading(core: Server, model: str) -> None:
     graph = _sampled(model, "ours_device")
     graph["model"] = node("UNETLoaderMultiGPU", device="cpu", **graph["model"]["inputs"])
     core.run(placement(graph, "where_device"))
-    _same(core, "ours_device", f"core_{model}")
+    core.same("ours_device", f"core_{model}")
     assert core.json("where_device") == {"class": "ModelPatcher", "device": "cpu"}
 
 
@@ -127,7 +111,7 @@ def test_inputs_that_are_left_out_have_their_defaults(core: Server, model: str) 
     graph = _sampled(model, "ours_bare")
     graph["model"]["class_type"] = "UNETLoaderDisTorch2MultiGPU"
     core.run(graph)
-    _same(core, "ours_bare", f"core_{model}")
+    core.same("ours_bare", f"core_{model}")
 
 
 def test_a_loras_strength_changes_without_a_reload(core: Server, model: str) -> None:
@@ -135,7 +119,7 @@ def test_a_loras_strength_changes_without_a_reload(core: Server, model: str) -> 
     for strength in (0.5, 1.0, 0.5):
         graph = placement(_sampled(model, "ours_lora", line=_LINE), "where_lora")
         core.run(with_lora(graph, model, strength))
-        _same(core, "ours_lora", f"core_{model}_{strength}")
+        core.same("ours_lora", f"core_{model}_{strength}")
         places.append(core.json("where_lora"))
     assert len({place["id"] for place in places}) == 1, "the weights were placed once"
     steps = [place["steps"] for place in places]
@@ -148,8 +132,8 @@ def test_two_models_alternate(core: Server, model: str) -> None:
         seed = 42 if turn else 43  # another seed: ComfyUI computes again
         core.run(_sampled(model, "ours_one", line=_LINE, seed=seed))
         core.run(_sampled("other", "ours_two", line=_LINE, seed=seed))
-    _same(core, "ours_one", f"core_{model}")
-    _same(core, "ours_two", "core_other")
+    core.same("ours_one", f"core_{model}")
+    core.same("ours_two", "core_other")
 
 
 def test_a_run_that_is_cancelled_leaves_nothing_behind(core: Server, model: str) -> None:
@@ -159,14 +143,14 @@ def test_a_run_that_is_cancelled_leaves_nothing_behind(core: Server, model: str)
     with pytest.raises(Refused, match="interrupted"):
         core.wait(prompt)
     core.run(_sampled(model, "ours_after", line=_LINE))
-    _same(core, "ours_after", f"core_{model}")
+    core.same("ours_after", f"core_{model}")
 
 
 def test_a_change_of_the_line_moves_the_weights(core: Server, model: str) -> None:
     shares = []
     for line in (_LINE, "cpu,4mb;disk,*"):
         core.run(placement(_sampled(model, "ours_moved", line=line), "where_moved"))
-        _same(core, "ours_moved", f"core_{model}")
+        core.same("ours_moved", f"core_{model}")
         shares.append(core.json("where_moved")["bytes"]["disk"])
     assert shares[0] > shares[1]
 
@@ -176,7 +160,7 @@ def test_other_models_are_ejected_first(core: Server, model: str) -> None:
     graph = _sampled(model, "ours_ejecting", line="cpu,2mb;disk,*")
     graph["model"]["inputs"]["eject_models"] = True
     core.run(graph)
-    _same(core, "ours_ejecting", f"core_{model}")
+    core.same("ours_ejecting", f"core_{model}")
 
 
 def test_a_control_net_is_the_same_bits(core: Server) -> None:
@@ -200,7 +184,7 @@ def test_a_control_net_is_the_same_bits(core: Server) -> None:
         found["sampled"]["inputs"]["positive"] = ["guided", 0]
         return found
 
-    _need_flux(core)
+    need_flux(core, _sampled("flux", "core_flux"))
     name = "flux_control.safetensors"
     core.run(graph(node("ControlNetLoader", control_net_name=name), "core_control"))
     for line in LINES:
@@ -211,7 +195,7 @@ def test_a_control_net_is_the_same_bits(core: Server) -> None:
             expert_mode_allocations=line,
         )
         core.run(graph(loader, "ours_control"))
-        _same(core, "ours_control", "core_control")
+        core.same("ours_control", "core_control")
     assert not torch.equal(
         core.tensors("core_control")["samples"], core.tensors("core_flux")["samples"]
     )
@@ -245,7 +229,7 @@ def test_a_control_net_is_the_same_bits(core: Server) -> None:
     ],
 )
 def test_a_checkpoint_is_the_same_bits(core: Server, kind: str, inputs: dict[str, Any]) -> None:
-    _need_flux(core)
+    need_flux(core, _sampled("flux", "core_flux"))
     name = "flux.safetensors"
 
     def graphs(loader: dict[str, Any], prefix: str) -> list[Graph]:
@@ -257,8 +241,8 @@ def test_a_checkpoint_is_the_same_bits(core: Server, kind: str, inputs: dict[str
         core.run(graph)
     for graph in graphs(node(kind, ckpt_name=name, **inputs), "ours_ckpt"):
         core.run(graph)
-    _same(core, "ours_ckpt_model", "core_ckpt_model")
-    _same(core, "ours_ckpt_vae", "core_ckpt_vae")
+    core.same("ours_ckpt_model", "core_ckpt_model")
+    core.same("ours_ckpt_vae", "core_ckpt_vae")
 
 
 def test_a_device_of_another_machine_is_named_when_the_node_runs(core: Server) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.comfyui.cards import empty, live
 from tests.comfyui.graphs import Graph, node, placement, sampled
 from tests.comfyui.server import Refused, Server
 from tests.comfyui.test_gguf import write_gguf
@@ -32,6 +34,49 @@ def _placed(server: Server, loader: dict[str, Any]) -> dict[str, int]:
     """Sample with a loader; return where the weights were."""
     server.run(placement(sampled({"model": loader}, "saved", latent="wan"), "where"))
     return dict(server.json("where").get("bytes", {}))
+
+
+@pytest.mark.parametrize(
+    ("other_vram", "lenders"), [(True, {"vgpu:1"}), (False, {"cpu"}), (None, {"cpu"})]
+)
+def test_other_cards_lend_first_if_the_user_meant_them(
+    here: Server,
+    other_vram: bool | None,  # noqa: FBT001 (ComfyUI's form)
+    lenders: set[str],
+) -> None:
+    folder = here.base / "models" / "diffusion_models"
+    if not (folder / "lent.gguf").exists():
+        write_gguf(folder / "lent.gguf", load_file(folder / "wan.safetensors"), "Q8_0", "wan")
+    kit = {"device": "vgpu:0", "virtual_vram_gb": 0.004, "use_other_vram": other_vram}
+    given = {name: value for name, value in kit.items() if value is not None}
+    loader = node("UnetLoaderGGUFDisTorchMultiGPU", unet_name="lent.gguf", **given)
+    where = _placed(here, loader)
+    assert where.keys() == {"vgpu:0", *lenders}
+    assert live(here)[1:] == [where.get("vgpu:1", 0), 0]
+
+
+def test_memory_lends_what_other_cards_have_not(here: Server) -> None:
+    here.post("/vgpu", {"1": 4 * _MIB, "2": 2 * _MIB})
+    try:
+        kit = {"device": "vgpu:0", "virtual_vram_gb": 4.0, "use_other_vram": True}
+        loader = node("UnetLoaderGGUFDisTorchMultiGPU", unet_name="lent.gguf", **kit)
+        where = _placed(here, loader)
+        assert where.keys() >= {"vgpu:1", "cpu"}
+        assert 0 < where["vgpu:1"] <= 4 * _MIB
+        assert where["cpu"] > 0
+    finally:
+        empty(here)
+        here.post("/vgpu", {"1": 3 << 30, "2": 3 << 30})
+
+
+@pytest.mark.parametrize("eject", [True, False])
+def test_an_ejected_model_leaves_its_card(
+    here: Server,
+    eject: bool,  # noqa: FBT001 (ComfyUI's form)
+) -> None:
+    kit = _KIT | {"expert_mode_allocations": ["line", 0], "eject_models": eject}
+    assert bool(_loaded_after(here, _KEY, {**_FILE, **kit})) != eject
+    assert bool(live(here)[0]) != eject
 
 
 def _loaded_after(server: Server, key: str, inputs: dict[str, Any]) -> list[str]:
@@ -116,8 +161,6 @@ def test_the_legacy_node_without_another_card_keeps_all(
     server: Server,
     use_other_vram: bool,  # noqa: FBT001 (ComfyUI's form)
 ) -> None:
-    from safetensors.torch import load_file
-
     folder = server.base / "models" / "diffusion_models"
     write_gguf(folder / "legacy.gguf", load_file(folder / "wan.safetensors"), "Q8_0", "wan")
     kit = {"device": "cpu", "virtual_vram_gb": 4.0, "use_other_vram": use_other_vram}

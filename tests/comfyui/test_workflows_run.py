@@ -67,6 +67,16 @@ def test_it_runs_with_small_models(path: Path, examples: Server) -> None:
     assert done["status"]["completed"]
 
 
+@each_example
+def test_it_runs_on_cards(path: Path, here: Server) -> None:
+    """With the devices that it names, of another kind, and the sizes."""
+    if path.name[:2] in _LARGE:
+        pytest.skip(_LARGE[path.name[:2]])
+    make_sd15(here.base / "models")
+    done = here.run(made_small(_graph(path, here), "vgpu"))
+    assert done["status"]["completed"]
+
+
 def _graph(path: Path, server: Server) -> Graph:
     """The graph of a workflow, whose files are there; one of another pack's nodes is skipped."""
     workflow = json.loads(path.read_text(encoding="utf-8"))

@@ -35,8 +35,9 @@ async def bytes_now(_request: Any) -> Any:
             "live": [device.live_bytes for device in devices],
             "peak": [device.peak_bytes for device in devices],
             "loaded": [
-                [it.model.loaded_size(), it.model.model_size()]
-                for it in comfy.model_management.current_loaded_models
+                [patcher.loaded_size(), patcher.model_size()]
+                for patcher in comfy.model_management.loaded_models()
+                if patcher is not None  # nobody has it any more
             ],
         }
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import comfy.model_management
-
 from distorch.errors import ModelError
 from distorch.integrations.attach import plan_for
 from distorch.integrations.comfyui.in_comfy.ordinary import make_ordinary
+from distorch.integrations.comfyui.in_comfy.outputs import loaded_patchers
 from distorch.integrations.comfyui.in_comfy.patcher import handle_in
 from distorch.integrations.comfyui.node_texts import ANY_DEVICE
 from distorch.integrations.memories import machine_here
@@ -75,7 +74,7 @@ def plan_leaving_free(patcher: Any, keep_free_bytes: int, compute: str, ring: st
     tier = machine.tier(device)
     held_bytes = sum(
         int(loaded.loaded_size())
-        for loaded in comfy.model_management.loaded_models()
+        for loaded in loaded_patchers()
         if str(loaded.load_device) == device and loaded.model is not patcher.model
     )
     free_bytes = min(tier.capacity_bytes, tier.free_bytes + held_bytes)

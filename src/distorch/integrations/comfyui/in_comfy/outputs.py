@@ -19,7 +19,7 @@ from distorch.integrations.comfyui.in_comfy.classic import classic
 from distorch.integrations.comfyui.in_comfy.patcher import adopt
 from distorch.integrations.request import Request
 
-__all__ = ["Placer", "eject_models", "on_device", "placed", "spread"]
+__all__ = ["Placer", "eject_models", "loaded_patchers", "on_device", "placed", "spread"]
 
 Placer = Callable[[Any], Any]  # from a patcher to one that places its model
 
@@ -49,9 +49,14 @@ def placed(kind: str, thing: Any, place: Placer) -> Any:
 
 def eject_models() -> None:
     """Unload every model that ComfyUI has loaded, on all devices."""
-    loaded = comfy.model_management.loaded_models()
-    for device in {patcher.load_device for patcher in loaded if patcher is not None}:
+    for device in {patcher.load_device for patcher in loaded_patchers()}:
         comfy.model_management.free_memory(1e30, device)
+
+
+def loaded_patchers() -> list[Any]:
+    """Return the owner of each model that ComfyUI has loaded; it lists a forgotten one as None."""
+    found = comfy.model_management.loaded_models()
+    return [patcher for patcher in found if patcher is not None]
 
 
 def _move(patcher: Any, *, device: torch.device, offload: torch.device | None) -> Any:

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import folder_paths
 from aiohttp import web  # type: ignore[import-not-found,unused-ignore]  # ComfyUI's server
 from server import PromptServer
 
 from distorch.errors import DistorchError, MachineError, ModelError
 from distorch.integrations.attach import Handle
+from distorch.integrations.comfyui.in_comfy.outputs import loaded_patchers
 from distorch.integrations.comfyui.in_comfy.patcher import handle_in
 from distorch.integrations.comfyui.preview import (
     MAX_CHARACTERS,
@@ -88,8 +88,8 @@ def _preview(question: Question, files: Sequence[str]) -> Json:
 def _status() -> Json:
     machine = _machine()
     handles: dict[int, Json] = {}
-    for patcher in comfy.model_management.loaded_models():
-        handle = None if patcher is None else handle_in(patcher)
+    for patcher in loaded_patchers():
+        handle = handle_in(patcher)
         if handle is not None and (model := _model(type(patcher.model).__name__, handle)):
             handles[id(handle)] = model
     return {

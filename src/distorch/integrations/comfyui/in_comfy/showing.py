@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
-import comfy.model_management
 import folder_paths
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from distorch.draw import draw_plan
 from distorch.errors import DistorchError, MissingExtraError
+from distorch.integrations.comfyui.in_comfy.outputs import loaded_patchers
 from distorch.integrations.comfyui.in_comfy.patcher import handle_in
 from distorch.integrations.memories import machine_here
 from distorch.plan.plan import Plan, gib
@@ -105,7 +105,7 @@ def _memory(weight_bytes: int | None = None) -> list[tuple[str, str]]:
         (f"{tier.name} free", f"{gib(tier.free_bytes)} of {gib(tier.capacity_bytes)}")
         for tier in tiers
     ]
-    for loaded in comfy.model_management.loaded_models():
+    for loaded in loaded_patchers():
         name, nbytes = type(loaded.model).__name__, int(loaded.loaded_size())
         rows.append((f"loaded on {loaded.load_device}", f"{name}, {gib(nbytes)}"))
     return rows
