@@ -12,8 +12,15 @@ from tests.comfyui.graphs import Graph, node
 from tests.comfyui.test_gguf import write_gguf
 
 _LINE = "cpu,1mb;disk,*"
-_SMALL = {"width": 64, "height": 64, "length": 5, "steps": 2, "start_at_step": 1, "end_at_step": 1}
-_SMALL |= {"keep_free_gb": 0.5}
+_SMALL = {
+    "width": 64,
+    "height": 64,
+    "length": 5,
+    "steps": 2,
+    "start_at_step": 1,
+    "end_at_step": 1,
+    "keep_free_gb": 0.5,
+}
 _ALL_STEPS = 10000
 _MADE_FROM_LATENTS = {"VAEDecode", "CreateVideo", "SaveVideo", "SaveImage"}
 
