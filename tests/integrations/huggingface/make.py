@@ -11,7 +11,7 @@ import gguf
 import libgguf
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForTextEncoding, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 KINDS = (
@@ -31,6 +31,8 @@ class Case:
     vocabulary: int = VOCABULARY
     head: str = "Q8_0"
     epsilon_key: str = "attention.layer_norm_rms_epsilon"
+    kind: str = ""  # what transformers calls it
+    library: Any = AutoModelForCausalLM
 
     @property
     def is_tied(self) -> bool:
@@ -39,6 +41,15 @@ class Case:
 
 HEADS_64 = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 GEMMA_KEYS = {"attention.key_length": 64, "attention.value_length": 64}
+MAMBA_KEYS = {
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": WIDTH // 16,
+    "ssm.inner_size": INNER,
+}
+T5 = HEADS_64 | {"d_ff": INNER, "d_kv": 64, "feed_forward_proj": "gated-gelu"}
+T5_KEYS = {"attention.key_length": 64, "attention.relative_buckets_count": 32}
+NORM = "attention.layer_norm_epsilon"
 CASES = {
     "llama": Case("llama", HEADS_64, {"rope.dimension_count": 64}),
     "llama, tied, 16k tokens": Case(
@@ -61,6 +72,7 @@ CASES = {
         "gemma3",
         HEADS_64 | {"tie_word_embeddings": True, "sliding_window": 8},
         GEMMA_KEYS | {"attention.sliding_window": 8},
+        kind="gemma3_text",
     ),
     "phi3": Case(
         "phi3",
@@ -71,10 +83,25 @@ CASES = {
     "starcoder2": Case(
         "starcoder2",
         {"num_attention_heads": 4, "num_key_value_heads": 2, "use_bias": True},
-        epsilon_key="attention.layer_norm_epsilon",
+        epsilon_key=NORM,
+    ),
+    "nemotron": Case("nemotron", HEADS_64 | {"norm_eps": 1e-6}),
+    "stablelm": Case(
+        "stablelm", HEADS_64 | {"use_qkv_bias": True, "layer_norm_eps": 1e-6}, epsilon_key=NORM
+    ),
+    "bloom": Case(
+        "bloom",
+        HEADS_64 | {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-6},
+        epsilon_key=NORM,
+    ),
+    "mamba": Case("mamba", HEADS_64 | {"state_size": 16, "tie_word_embeddings": True}, MAMBA_KEYS),
+    "T5": Case(
+        "t5encoder", T5, T5_KEYS, epsilon_key=NORM, kind="t5", library=AutoModelForTextEncoding
+    ),
+    "UMT5": Case(
+        "t5encoder", T5, T5_KEYS, epsilon_key=NORM, kind="umt5", library=AutoModelForTextEncoding
     ),
 }
-CONFIGS = {"gemma3": "gemma3_text"}
 ARCHITECTURES = {kind: arch for arch, kind in gguf.MODEL_ARCH_NAMES.items()}
 
 
@@ -85,10 +112,12 @@ def write(path: Path, case: Case, change: Callable[[dict[str, Any]], None] | Non
     names = gguf.get_tensor_name_map(ARCHITECTURES[case.name], NUM_LAYERS)
     tensors: dict[str, Any] = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        gguf_name = names.get_name(name, (".weight", ".bias"))
+        bare = name.removeprefix("transformer.") if case.name == "bloom" else name
+        gguf_name = names.get_name(bare, (".weight", ".bias"))
         assert gguf_name is not None, name
         weights = as_llama_cpp_keeps_it(case, gguf_name, parameter.detach().numpy())
-        kind = KINDS[number % len(KINDS)] if weights.ndim == 2 else "F32"
+        has_blocks = weights.ndim == 2 and not weights.shape[1] % WIDTH
+        kind = KINDS[number % len(KINDS)] if has_blocks else "F32"
         if gguf_name in {"token_embd.weight", "output.weight"}:
             kind = case.head
         tensors[gguf_name] = (quantised(weights, kind), gguf.GGMLQuantizationType[kind])
@@ -102,14 +131,18 @@ def write(path: Path, case: Case, change: Callable[[dict[str, Any]], None] | Non
         case.epsilon_key: 1e-6,
         "rope.freq_base": 10000.0,
     } | case.keys
-    content = {"architecture": case.name, "keys": keys, "tensors": tensors}
+    content = {
+        "architecture": case.name,
+        "name": f"a random {case.kind or case.name}",  # transformers tells UMT5 by it
+        "keys": keys,
+        "tensors": tensors,
+    }
     if change is not None:
         change(content)
     write_content(path, content, case.vocabulary)
 
 
 def random_model(case: Case) -> PreTrainedModel:
-    kind = CONFIGS.get(case.name, case.name)
     sizes: dict[str, Any] = {
         "vocab_size": case.vocabulary,
         "hidden_size": WIDTH,
@@ -118,16 +151,23 @@ def random_model(case: Case) -> PreTrainedModel:
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
     }
-    config = CONFIG_MAPPING[kind](**sizes | case.config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = CONFIG_MAPPING[case.kind or case.name](**sizes | case.config)
+    model = case.library.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():  # norms and biases too
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     return cast("PreTrainedModel", model)
 
 
 def as_llama_cpp_keeps_it(case: Case, name: str, weights: np.ndarray) -> np.ndarray:
-    if case.name.startswith("gemma") and name.endswith("norm.weight"):
+    if case.name.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         return weights + np.float32(1)
+    if name.endswith(".ssm_a"):
+        return cast("np.ndarray", -np.exp(weights))
+    if case.name == "bloom" and ".attn_qkv." in name:
+        heads = weights.reshape(case.config["num_attention_heads"], 3, -1, *weights.shape[1:])
+        return heads.swapaxes(0, 1).reshape(weights.shape)
+    if "conv" in name and weights.ndim == 3:
+        return weights.squeeze(1)
     if case.name == "llama" and (".attn_q." in name or ".attn_k." in name):
         key = "num_attention_heads" if ".attn_q." in name else "num_key_value_heads"
         heads = weights.reshape(case.config[key], 2, -1, *weights.shape[1:])
@@ -145,6 +185,7 @@ def quantised(weights: np.ndarray, kind: str) -> np.ndarray:
 def write_content(path: Path, content: dict[str, Any], vocabulary: int) -> None:
     architecture = content["architecture"]
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(content["name"])
     for key, value in content["keys"].items():
         kind = gguf.GGUFValueType.FLOAT32 if isinstance(value, float) else gguf.GGUFValueType.UINT32
         writer.add_key_value(f"{architecture}.{key}", value, kind)

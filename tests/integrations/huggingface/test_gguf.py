@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import distorch
 from distorch.errors import DistorchError, FormatError, ModelError
@@ -21,6 +21,7 @@ from distorch.integrations.resting import RestingWeight
 from tests.integrations.huggingface.make import CASES, INNER, NUM_LAYERS, WIDTH, write
 
 ALLOCATIONS = ["cpu,*", "cpu,50%;disk,50%", "cpu,0b;disk,*"]
+GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,13 @@ def written(name: str, folder: Path) -> tuple[Path, PreTrainedModel]:
     if name not in _written:
         path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.gguf"
         write(path, CASES[name])
-        oracle = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=path.name, dtype=torch.float32, local_files_only=True
-        ).eval()
+        oracle = (
+            CASES[name]
+            .library.from_pretrained(
+                folder, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+            )
+            .eval()
+        )
         _written[name] = path, oracle
     return _written[name]
 
@@ -50,7 +55,9 @@ def outputs(model: PreTrainedModel, vocabulary: int) -> list[torch.Tensor]:
     with torch.inference_mode():
         for count in (1, 5, 40):
             ids = torch.randint(3, vocabulary, (1, count), generator=generator)
-            found.append(model(ids).logits)
+            found.append(model(ids)[0])
+        if not model.can_generate():
+            return found
         made = model.generate(  # type: ignore[operator]
             ids[:, :5],
             max_new_tokens=6,
@@ -103,7 +110,7 @@ def test_configuration_buffers_and_names_are_transformers(name: str, folder: Pat
         assert {n: p.shape for n, p in model.named_parameters()} == {
             n: p.shape for n, p in oracle.named_parameters()
         }
-        for setting in ("bos_token_id", "eos_token_id", "pad_token_id", "max_length"):
+        for setting in GENERATION if model.can_generate() else ():
             found = getattr(model.generation_config, setting)
             assert found == getattr(oracle.generation_config, setting)
     finally:
@@ -137,7 +144,7 @@ def open_files() -> int:
 
 
 def change_architecture(content: dict[str, Any]) -> None:
-    content["architecture"] = "mamba"
+    content["architecture"] = "rwkv6"
 
 
 def drop_a_tensor(content: dict[str, Any]) -> None:
@@ -165,7 +172,7 @@ def drop_the_width(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (change_architecture, "mamba"),
+        (change_architecture, "rwkv6"),
         (drop_a_tensor, r"model\.layers\.1\.mlp\.down_proj\.weight"),
         (add_a_tensor, "ffn_down_exps"),
         (reshape_a_tensor, r"model\.layers\.1\.mlp\.down_proj\.weight.*shape"),
@@ -187,6 +194,12 @@ def test_a_file_that_cannot_be_loaded_says_why_before_anything_runs(
     assert caught.value.exit_code == 2
     assert caught.value.hint
     assert open_files() == files
+
+
+def test_umt5_is_told_by_its_layers_and_not_by_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "encoder.gguf", CASES["UMT5"], lambda content: content.update(name="encoder"))
+    model = distorch.load(tmp_path / "encoder.gguf", "cpu,*")
+    assert type(model).__name__ == "UMT5EncoderModel"
 
 
 def test_a_norm_that_is_not_f32_is_refused_for_gemma(tmp_path: Path) -> None:

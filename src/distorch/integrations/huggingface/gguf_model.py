@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -11,23 +12,25 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 from distorch.errors import FormatError, ModelError
 from distorch.formats import Checkpoint, TensorInfo
+from distorch.integrations.huggingface.classes import model_class
 from distorch.integrations.huggingface.skeleton import Built, build_empty, match
 from distorch.tiers.sources import Amend
 
 __all__ = ["build"]
 
+_LAYER = re.compile(r"(?:enc\.)?blk\.(\d+)\.")
 _COMPUTED = {"rope_freqs.weight"}  # tensors that transformers computes from the configuration
 
 _Rule = tuple[str, Callable[[PretrainedConfig, TensorInfo], Amend]]
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Built:
-    """Build the language model of a GGUF file, on the meta device, to compute in ``dtype``.
+    """Build the model of a GGUF file, on the meta device, to compute in ``dtype``.
 
     Raises:
         ModelError: the architecture or a tensor is not one that can be loaded.
@@ -40,9 +43,9 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Built:
         )
     _check_layers(checkpoint, architecture)
     config = _config(checkpoint)
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    model = build_empty(model_class, config, dtype)
-    model.generation_config = GenerationConfig.from_model_config(config)
+    model = build_empty(model_class(config), config, dtype)
+    if model.can_generate():
+        model.generation_config = GenerationConfig.from_model_config(config)
     names = get_gguf_hf_weights_map(model, TensorProcessor())
     infos = {names.get(name, name): info for name, info in checkpoint.items()}
     infos = match(model, infos, checkpoint.path, ignored=_COMPUTED)
@@ -84,7 +87,7 @@ def _check_layers(checkpoint: Checkpoint, architecture: str) -> None:
             f"{checkpoint.path} has no token_embd.weight", hint="a whole language model's file"
         )
     said = checkpoint.metadata.get(f"{architecture}.block_count")
-    found = {name.split(".")[1] for name in checkpoint if name.startswith("blk.")}
+    found = {layer[1] for name in checkpoint if (layer := _LAYER.match(name))}
     if said != len(found):
         raise FormatError(
             f"{checkpoint.path} says it has {said} layers, and holds {len(found)}",
@@ -99,12 +102,13 @@ def _write_small(checkpoint: Checkpoint, path: Path) -> None:
         if key.startswith("tokenizer.ggml.") and not key.endswith("_token_id"):
             continue  # the vocabulary
         value: Any = checkpoint.metadata[key]
-        if key in {"general.architecture", "general.alignment"}:
+        if key in {"general.architecture", "general.alignment", "general.name"}:
             continue  # the writer's own
         if isinstance(value, (bool, int, float, str)):
             writer.add_key_value(key, value, _value_type(value))
         elif len(value) and not isinstance(value[0], (list, tuple)):
             writer.add_array(key, list(value))
+    writer.add_name(_name(checkpoint))
     if f"{architecture}.vocab_size" not in checkpoint.metadata:
         writer.add_vocab_size(checkpoint["token_embd.weight"].shape[0])
     for name in checkpoint:
@@ -113,6 +117,13 @@ def _write_small(checkpoint: Checkpoint, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """The model's name, by which transformers tells UMT5 from T5; there, each layer has biases."""
+    name = str(checkpoint.metadata.get("general.name", ""))
+    is_umt5 = "enc.blk.1.attn_rel_b.weight" in checkpoint
+    return "umt5" if is_umt5 and "umt5" not in name.lower() else name
 
 
 def _value_type(value: bool | float | str) -> gguf.GGUFValueType:  # noqa: FBT001  any scalar
@@ -124,9 +135,8 @@ def _value_type(value: bool | float | str) -> gguf.GGUFValueType:  # noqa: FBT00
 
 
 def _minus_one(_config: PretrainedConfig, info: TensorInfo) -> Amend:
-    """Gemma's norms multiply by 1 + w; llama.cpp keeps the sum."""
-    if info.dtype != "F32":
-        raise FormatError(f"{info.name} is {info.dtype}, not F32", hint="convert the model again")
+    """Gemma's and Nemotron's norms multiply by 1 + w; llama.cpp keeps the sum."""
+    _check_f32(info)
 
     def amend(memory: memoryview) -> None:
         values = np.frombuffer(memory, np.float32)
@@ -135,28 +145,55 @@ def _minus_one(_config: PretrainedConfig, info: TensorInfo) -> Amend:
     return amend
 
 
-def _heads(attribute: str) -> Callable[[PretrainedConfig, TensorInfo], Amend]:
-    """llama.cpp interleaves the two halves of each head's rows; transformers keeps them apart.
+def _log_of_minus(_config: PretrainedConfig, info: TensorInfo) -> Amend:
+    """Mamba's decays are -exp(w); llama.cpp keeps the decay."""
+    _check_f32(info)
 
-    Rows are moved as stored: a block never crosses a row.
-    """
+    def amend(memory: memoryview) -> None:
+        values = np.frombuffer(memory, np.float32)
+        np.log(-values, out=values)
+
+    return amend
+
+
+def _check_f32(info: TensorInfo) -> None:
+    if info.dtype != "F32":
+        raise FormatError(f"{info.name} is {info.dtype}, not F32", hint="convert the model again")
+
+
+def _heads(attribute: str) -> Callable[[PretrainedConfig, TensorInfo], Amend]:
+    """llama.cpp interleaves the two halves of each head's rows; transformers keeps them apart."""
 
     def rule(config: PretrainedConfig, info: TensorInfo) -> Amend:
         num_heads = getattr(config, attribute, None) or config.num_attention_heads
-        rows = info.shape[0]
-        if num_heads < 1 or rows % (2 * num_heads):
-            raise FormatError(
-                f"{info.name} has {rows} rows for {num_heads} heads", hint="convert the model again"
-            )
-
-        def amend(memory: memoryview) -> None:
-            values = np.frombuffer(memory, np.uint8)
-            heads = values.reshape(num_heads, rows // num_heads // 2, 2, -1)
-            values[:] = heads.swapaxes(1, 2).reshape(-1)
-
-        return amend
+        first = info.shape[0] // max(2 * num_heads, 1)
+        return _regrouped(info, (num_heads, first, 2))
 
     return rule
+
+
+def _fused(config: PretrainedConfig, info: TensorInfo) -> Amend:
+    """llama.cpp keeps all heads' queries, then keys, then values; Bloom's go head by head."""
+    return _regrouped(info, (1, 3, config.num_attention_heads))
+
+
+def _regrouped(info: TensorInfo, axes: tuple[int, int, int]) -> Amend:
+    """Cut the rows of a weight into three axes and the rest, and swap the second and the third.
+
+    Rows are moved as stored: a block of a packed format never crosses a row.
+    """
+    rows = info.shape[0]
+    if math.prod(axes) < 1 or rows % math.prod(axes):
+        raise FormatError(
+            f"{info.name} has {rows} rows, which {axes[0] * axes[-1]} heads cannot share",
+            hint="convert the model again",
+        )
+
+    def amend(memory: memoryview) -> None:
+        values = np.frombuffer(memory, np.uint8)
+        values[:] = values.reshape(*axes, -1).swapaxes(1, 2).reshape(-1)
+
+    return amend
 
 
 _GEMMA: tuple[_Rule, ...] = ((r"norm\.weight$", _minus_one),)
@@ -165,13 +202,18 @@ _LLAMA: tuple[_Rule, ...] = (
     (r"\.attn_k\.(weight|bias)$", _heads("num_key_value_heads")),
 )
 _RULES: Mapping[str, tuple[_Rule, ...]] = {
+    "bloom": ((r"\.attn_qkv\.(weight|bias)$", _fused),),
     "gemma2": _GEMMA,
     "gemma3": _GEMMA,
     "llama": _LLAMA,
+    "mamba": ((r"\.ssm_a$", _log_of_minus),),
+    "nemotron": _GEMMA,
     "phi3": (),
     "qwen2": (),
     "qwen3": (),
+    "stablelm": (),
     "starcoder2": (),
+    "t5encoder": (),
 }
 """Architectures whose tensors are loaded as they lie, but for these. From llama.cpp's converter
 (convert_hf_to_gguf.py); transformers' own tensor processors undo the same changes."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from distorch.errors import ModelError
 from distorch.formats import Checkpoint
 from distorch.formats.scales import Scaled, pair_scales
+from distorch.integrations.huggingface.classes import model_class
 from distorch.integrations.huggingface.computing import stored_dtype
 from distorch.integrations.huggingface.scales import read_scales
 from distorch.integrations.huggingface.skeleton import Built, build_empty, match
@@ -45,7 +45,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Built:
             hint="a model that the installed transformers knows; code in a directory is not run",
         ) from error
     tile = _forget_quantization(config)
-    model = build_empty(_model_class(config), config, dtype or _dtype(config, checkpoint))
+    model = build_empty(model_class(config), config, dtype or _dtype(config, checkpoint))
     if (folder / "generation_config.json").is_file():
         model.generation_config = _generation_config(folder)
     scaled = pair_scales(checkpoint)
@@ -96,21 +96,6 @@ def _generation_config(folder: Path) -> GenerationConfig:
             f"transformers cannot read {folder / 'generation_config.json'}: {error}",
             hint="remove the file: it only holds defaults",
         ) from error
-
-
-def _model_class(config: PretrainedConfig) -> type[transformers.PreTrainedModel]:
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    mapped: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if mapped is None:
-        raise ModelError(
-            f"transformers has no model class {config.architectures} for {config.model_type!r}",
-            hint="a configuration whose 'architectures' names a class of transformers",
-        )
-    found_class: type[transformers.PreTrainedModel] = mapped
-    return found_class
 
 
 def _dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

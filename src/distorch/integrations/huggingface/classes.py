@@ -1,0 +1,35 @@
+"""The class of transformers that a configuration is of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from distorch.errors import ModelError
+
+__all__ = ["model_class"]
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return the class that a configuration names, or else the language model of its kind.
+
+    Raises:
+        ModelError: transformers has none.
+
+    >>> model_class(transformers.LlamaConfig()).__name__
+    'LlamaForCausalLM'
+    """
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    mapped: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if mapped is None:
+        raise ModelError(
+            f"transformers has no model class {config.architectures} for {config.model_type!r}",
+            hint="a configuration whose 'architectures' names a class of transformers",
+        )
+    found_class: type[PreTrainedModel] = mapped
+    return found_class
