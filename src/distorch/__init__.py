@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from distorch.allocation import Allocation as Allocation
     from distorch.errors import DistorchError as DistorchError
     from distorch.formats import open_checkpoint as open_checkpoint
-    from distorch.integrations.attach import Handle as Handle
     from distorch.integrations.api import distribute as distribute
     from distorch.integrations.api import handle_of as handle_of
+    from distorch.integrations.attach import Handle as Handle
     from distorch.integrations.huggingface import load_tokenizer as load_tokenizer
     from distorch.integrations.loading import load as load
     from distorch.machine import Machine as Machine

@@ -43,6 +43,7 @@ def load(  # noqa: PLR0913  (each is one thing that a user may ask for)
     weight_dtype: str | None = None,
     compute_dtype: str | torch.dtype | None = None,
     components: Mapping[str, str] | None = None,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     machine: Machine | None = None,
     progress: Progress | None = None,
 ) -> Any:
@@ -55,6 +56,9 @@ def load(  # noqa: PLR0913  (each is one thing that a user may ask for)
     it rest, in the form it has on disk. Other arguments are those of `distorch.distribute`;
     ``distorch.handle_of(model)`` is the handle. Nothing is fetched from a network, and no code that
     comes with a model is run.
+
+    ``files`` takes some models of a pipeline from elsewhere:
+    ``{"transformer": "flux1-dev-Q4_K.gguf"}``; the directory then need not hold their weights.
 
     ``weight_dtype`` brings matrices into another format while they are read, a few MiB at a time:
     ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, ``"fp16"``, ``"bf16"``, ``"f32"``, ``"q8_0"`` or another of
@@ -77,8 +81,17 @@ def load(  # noqa: PLR0913  (each is one thing that a user may ask for)
     )
     dtype = read_dtype(compute_dtype)
     if (Path(path) / _INDEX).is_file():
-        return _pipeline(Path(path), request, components, weight_dtype, dtype, machine, progress)
-    if components is not None:
+        return _pipeline(
+            Path(path),
+            request,
+            components=components,
+            files=dict(files or {}),
+            weight_dtype=weight_dtype,
+            dtype=dtype,
+            machine=machine,
+            progress=progress,
+        )
+    if components is not None or files is not None:
         raise ModelError(
             f"components are of a pipeline, and {path} is a single model",
             hint="distorch.load(path, line)",
@@ -130,7 +143,9 @@ def _is_of_diffusers(checkpoint: Checkpoint) -> bool:
 def _pipeline(
     path: Path,
     request: Request,
+    *,
     components: Mapping[str, str] | None,
+    files: Mapping[str, str | os.PathLike[str]],
     weight_dtype: str | None,
     dtype: torch.dtype | None,
     machine: Machine | None,
@@ -141,8 +156,8 @@ def _pipeline(
     directory = _needed("diffusers", "distorch.integrations.diffusers.directory")
     with ExitStack() as opened:
         found = {}
-        for name in directory.models_in(path):
-            with open_checkpoint(path / name) as checkpoint:
+        for name in directory.models_in(path, files):
+            with open_checkpoint(files.get(name, path / name)) as checkpoint:
                 built = _built(checkpoint, request, dtype, machine)
             module, tree, source = _opened(built, weight_dtype)
             opened.callback(source.close)

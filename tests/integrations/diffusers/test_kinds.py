@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 
 import distorch
+from distorch.convert import convert
+from distorch.errors import ModelError
 from examples import tiny
 
 SIZE = 32
@@ -125,3 +128,42 @@ def test_diffusers_loads_loras_into_a_distributed_pipeline() -> None:
         assert np.array_equal(draw(pipe, prompt=tiny.PROMPT), expected)
         pipe.unload_lora_weights()
         assert np.array_equal(draw(pipe, prompt=tiny.PROMPT), without)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer of the tiny FLUX in a GGUF file."""
+    path = tmp_path_factory.mktemp("packed") / "flux-Q8_0.gguf"
+    convert(tiny.pipeline("flux") / "transformer", path, "Q8_0")
+    return path
+
+
+def test_a_model_may_come_from_a_file_of_its_own(packed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny.pipeline("flux"), tmp_path / "flux")
+    shutil.rmtree(folder / "transformer")
+    drawn = []
+    for line in ("cpu,*", *LINES):
+        pipe = distorch.load(folder, line, files={"transformer": packed})
+        handle = distorch.handle_of(pipe)
+        assert handle["transformer"].plan.model_bytes < 0.4 * sum(
+            weight.numel() * 4 for weight in pipe.transformer.parameters()
+        )
+        drawn.append(draw(pipe, prompt=tiny.PROMPT))
+        handle.remove()
+    assert all(np.array_equal(each, drawn[0]) for each in drawn)
+
+
+def test_a_file_for_no_model_is_an_error(packed: Path) -> None:
+    with pytest.raises(ModelError, match="has no model 'transformr'"):
+        distorch.load(tiny.pipeline("flux"), "cpu,*", files={"transformr": packed})
+    with pytest.raises(ModelError, match="is a single model"):
+        distorch.load(packed, "cpu,*", files={"transformer": packed})
+
+
+def test_a_model_that_is_distributed_already_is_named(packed: Path) -> None:
+    pipe = plain(tiny.pipeline("flux"))
+    pipe.transformer = distorch.load(packed, "cpu,4mb;disk,*")
+    with pytest.raises(ModelError, match="transformer is distributed already"):
+        distorch.distribute(pipe, "cpu,8mb;disk,*")
+    assert not hasattr(pipe.vae, "_distorch_handle")
+    distorch.handle_of(pipe.transformer).remove()

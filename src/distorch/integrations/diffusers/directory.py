@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,24 @@ __all__ = ["assemble", "models_in"]
 _WEIGHTS = {".safetensors", ".gguf"}
 
 
-def models_in(path: Path) -> list[str]:
-    """Return the names of the models with weights in a pipeline's directory.
+def models_in(path: Path, elsewhere: Collection[str] = ()) -> list[str]:
+    """Return the names of the models with weights in a pipeline's directory, or ``elsewhere``.
 
     Raises:
-        ModelError: its ``model_index.json`` is no index of a pipeline.
+        ModelError: its ``model_index.json`` is no index of a pipeline, or lacks such a model.
     """
+    entries = _entries(path)
+    strange = [name for name in elsewhere if name not in entries]
+    if strange:
+        raise ModelError(
+            f"the pipeline in {path} has no model {strange[0]!r}: it has {', '.join(entries)}",
+            hint='files={"transformer": "flux1-dev-Q4_K.gguf"}',
+        )
     return [
         name
-        for name, is_there in _entries(path).items()
-        if is_there and any(it.suffix in _WEIGHTS for it in (path / name).glob("*"))
+        for name, is_there in entries.items()
+        if name in elsewhere
+        or (is_there and any(it.suffix in _WEIGHTS for it in (path / name).glob("*")))
     ]
 
 
@@ -37,8 +45,8 @@ def assemble(path: Path, models: Mapping[str, nn.Module]) -> Any:
     Raises:
         ModelError: it cannot.
     """
-    given: dict[str, Any] = dict(models)
-    given |= {name: None for name, is_there in _entries(path).items() if not is_there}
+    absent = {name: None for name, is_there in _entries(path).items() if not is_there}
+    given: dict[str, Any] = absent | dict(models)
     make: Any = _class(path).from_pretrained  # diffusers has no types
     try:
         return make(path, local_files_only=True, **given)

@@ -154,6 +154,11 @@ def _models(pipe: DiffusionPipeline, found: Mapping[str, Component]) -> dict[str
     for name, module in components.items():
         if isinstance(module, nn.Module) and id(module) not in seen:
             seen.add(id(module))
+            if getattr(module, _ATTRIBUTE, None) is not None:
+                raise ModelError(
+                    f"the pipeline's {name} is distributed already",
+                    hint=f'distorch.load(directory, line, files={{"{name}": "its.gguf"}})',
+                )
             models[name] = found.get(name) or Component(name, module, describe(module))
     if not models:
         raise ModelError(f"{type(pipe).__name__} has no models", hint="a pipeline that is loaded")
