@@ -50,8 +50,9 @@ __all__ = ["HELP", "plan", "read_plan"]
 HELP = """
 Say what a model would cost on a machine, without loading anything.
 
-MODEL is flux.1-dev, qwen-image, wan-14b, a directory with a configuration, or a checkpoint. With
---machine, any machine that is known or described; else this one, as `distorch probe` measured it.
+MODEL is a name (flux.1-dev, qwen-image, wan-14b, ...; a wrong one lists them), a directory with a
+configuration, or a checkpoint. With --machine, any machine that is known or described; else this
+one, as `distorch probe` measured it.
 
 \b
 Examples:

@@ -7,102 +7,40 @@ transformers' own. Each family is a few lines: see ``FAMILIES``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distorch.errors import ModelError
 from distorch.integrations.empty_models import diffusers_model, language_model
 from distorch.integrations.module_tree import describe
 from distorch.integrations.resting import TORCH_DTYPES
+from distorch.integrations.steps import (
+    Inputs,
+    Step,
+    flux_2_inputs,
+    flux_inputs,
+    hunyuan_video_inputs,
+    ltx_video_inputs,
+    qwen_image_inputs,
+    sd3_inputs,
+    wan_inputs,
+    z_image_inputs,
+)
 from distorch.plan.cost import Profile
 from distorch.plan.profile import profile_module
 from distorch.plan.storage import format_named
 
-__all__ = ["FAMILIES", "Family", "Step", "profile_family"]
+__all__ = ["FAMILIES", "Family", "profile_family"]
 
-_VAE_SCALE: Final = 8  # pixels of one latent, each way
-_PATCH: Final = 2  # latents of one token, each way
-_FRAME_SCALE: Final = 4  # frames of one latent after the first
-_WAN_IMAGE_TOKENS: Final = 257  # of the CLIP image encoder, for models that start from an image
 _DIGITS: Final = 6  # of a side in pixels
 _PROMPT_TOKENS: Final = 512  # a language model's step, unless asked otherwise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What one step is given: pixels (width, height), frames, tokens, and how many at once."""
-
-    size: tuple[int, int] = (0, 0)
-    frames: int = 0
-    tokens: int
-    batch: int = 1
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def latents(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns."""
-        width, height = self.size
-        return (
-            (self.frames - 1) // _FRAME_SCALE + 1,
-            height // _VAE_SCALE,
-            width // _VAE_SCALE,
-        )
-
-    def __str__(self) -> str:
-        """Describe it for people: what was asked of the model."""
-        text = "x".join(str(length) for length in (*self.size, self.frames) if length)
-        text = text or f"{self.tokens} tokens"
-        return f"{text} batch {self.batch}" if self.batch > 1 else text
-
-    def empty(self, *shape: int) -> Tensor:
-        """Return a tensor without memory, ``shape`` for each of the batch."""
-        return torch.empty(self.batch, *shape, dtype=self.dtype, device="meta")
-
-
-Inputs = Callable[[Any, Step], dict[str, Any]]
-"""Makes the keyword arguments of a model's forward from its configuration and a step."""
-
-
-def _flux_inputs(config: Any, step: Step) -> dict[str, Any]:
-    _, rows, columns = step.latents
-    tokens = rows // _PATCH * (columns // _PATCH)
-    inputs: dict[str, Any] = {
-        "hidden_states": step.empty(tokens, config.in_channels),
-        "encoder_hidden_states": step.empty(step.tokens, config.joint_attention_dim),
-        "pooled_projections": step.empty(config.pooled_projection_dim),
-        "timestep": step.empty(),
-        "img_ids": torch.empty(tokens, 3, dtype=step.dtype, device="meta"),
-        "txt_ids": torch.empty(step.tokens, 3, dtype=step.dtype, device="meta"),
-    }
-    return inputs | ({"guidance": step.empty()} if config.guidance_embeds else {})
-
-
-def _qwen_image_inputs(config: Any, step: Step) -> dict[str, Any]:
-    _, rows, columns = (length // _PATCH for length in step.latents)
-    return {
-        "hidden_states": step.empty(rows * columns, config.in_channels),
-        "encoder_hidden_states": step.empty(step.tokens, config.joint_attention_dim),
-        "timestep": step.empty(),
-        "img_shapes": [[(1, rows, columns)]] * step.batch,
-    }
-
-
-def _wan_inputs(config: Any, step: Step) -> dict[str, Any]:
-    inputs: dict[str, Any] = {
-        "hidden_states": step.empty(config.in_channels, *step.latents),
-        "encoder_hidden_states": step.empty(step.tokens, config.text_dim),
-        "timestep": step.empty(),
-    }
-    if config.image_dim:
-        inputs["encoder_hidden_states_image"] = step.empty(_WAN_IMAGE_TOKENS, config.image_dim)
-    return inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +48,8 @@ class Family:
     """A diffusers class, what its configuration changes, and its usual step.
 
     ``tokens`` are those of the text; ``frames`` is 0 for models that make single images.
+    ``latent`` is what one latent stands for: frames after the first, and pixels each way;
+    ``patch`` how many of them each way are one token.
     """
 
     class_name: str
@@ -118,28 +58,92 @@ class Family:
     size: tuple[int, int]
     frames: int = 0
     tokens: int
+    latent: tuple[int, int] = (4, 8)
+    patch: int = 2
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "flux.1-dev": Family(
         class_name="FluxTransformer2DModel",
         config={"guidance_embeds": True},
-        inputs=_flux_inputs,
+        inputs=flux_inputs,
+        size=(1024, 1024),
+        tokens=512,
+    ),
+    "flux.2-dev": Family(
+        class_name="Flux2Transformer2DModel",
+        inputs=flux_2_inputs,
         size=(1024, 1024),
         tokens=512,
     ),
     "qwen-image": Family(
         class_name="QwenImageTransformer2DModel",
-        inputs=_qwen_image_inputs,
+        inputs=qwen_image_inputs,
         size=(1328, 1328),
         tokens=128,
     ),
-    "wan-14b": Family(  # Wan 2.1, and one expert of Wan 2.2: text to video
+    "z-image": Family(
+        class_name="ZImageTransformer2DModel",
+        inputs=z_image_inputs,
+        size=(1024, 1024),
+        tokens=128,
+    ),
+    "sd3.5-large": Family(
+        class_name="SD3Transformer2DModel",
+        config={
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        inputs=sd3_inputs,
+        size=(1024, 1024),
+        tokens=333,
+    ),
+    "sd3.5-medium": Family(
+        class_name="SD3Transformer2DModel",
+        config={
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": tuple(range(13)),
+        },
+        inputs=sd3_inputs,
+        size=(1024, 1024),
+        tokens=333,
+    ),
+    "wan-14b": Family(  # Wan 2.1: text to video
         class_name="WanTransformer3DModel",
-        inputs=_wan_inputs,
+        inputs=wan_inputs,
         size=(832, 480),
         frames=81,
         tokens=512,
+    ),
+    "wan-2.2-14b": Family(  # one of its two experts, of which a step runs one
+        class_name="WanTransformer3DModel",
+        inputs=wan_inputs,
+        size=(1280, 720),
+        frames=81,
+        tokens=512,
+    ),
+    "hunyuan-video": Family(
+        class_name="HunyuanVideoTransformer3DModel",
+        inputs=hunyuan_video_inputs,
+        size=(1280, 720),
+        frames=129,
+        tokens=256,
+    ),
+    "ltx-video": Family(
+        class_name="LTXVideoTransformer3DModel",
+        inputs=ltx_video_inputs,
+        size=(704, 480),
+        frames=161,
+        tokens=128,
+        latent=(8, 32),
+        patch=1,
     ),
 }
 """The models known by name."""
@@ -180,13 +184,9 @@ def profile_family(
         if value is not None and value < 1:
             raise ModelError(f"{option} is {value}", hint=f"{option} of 1 or more")
     family, config = _find(name)
-    pixels, num_frames = _sizes(name, family, size, frames)
-    step = Step(
-        size=pixels,
-        frames=num_frames,
-        tokens=tokens or (family.tokens if family else _PROMPT_TOKENS),
-        batch=batch,
-        dtype=TORCH_DTYPES[form.compute],
+    step = _step(name, family, size, frames)
+    step = replace(
+        step, tokens=tokens or step.tokens, batch=batch, dtype=TORCH_DTYPES[form.compute]
     )
     if family is None:
         module = language_model(Path(name), step.dtype)
@@ -228,10 +228,11 @@ def _find(name: str) -> tuple[Family | None, Mapping[str, Any]]:
     for family in FAMILIES.values():
         if family.class_name == class_name:
             return family, config
+    known = ", ".join(dict.fromkeys(family.class_name for family in FAMILIES.values()))
     raise ModelError(
         f"{path} is a {class_name}, whose inputs are not known here",
-        hint=f"one of {', '.join(family.class_name for family in FAMILIES.values())}; for any "
-        "other module distorch.plan.profile.profile_module(module, ...)",
+        hint=f"one of {known}; for any other module "
+        "distorch.plan.profile.profile_module(module, ...)",
     )
 
 
@@ -244,32 +245,36 @@ def _unknown(name: str) -> ModelError:
     )
 
 
-def _sizes(
-    name: str, family: Family | None, size: str | None, frames: int | None
-) -> tuple[tuple[int, int], int]:
-    """Read the size and frames asked for, or the family's own."""
+def _step(name: str, family: Family | None, size: str | None, frames: int | None) -> Step:
+    """A family's usual step, with the size and frames that are asked for."""
     if family is None:
         if size is None and frames is None:
-            return (0, 0), 0
+            return Step(tokens=_PROMPT_TOKENS)
         raise ModelError(
             f"{name} is a language model: it has neither size nor frames",
             hint="tokens: the length of a prompt, or 1 for a step of generation",
         )
+    every, pixels = family.latent
     if frames is not None and not family.frames:
         raise ModelError(f"{name} makes single images", hint="leave out the frames")
-    if frames is not None and frames % _FRAME_SCALE != 1:
-        near = max(1, round((frames - 1) / _FRAME_SCALE) * _FRAME_SCALE + 1)
-        raise ModelError(f"{frames} frames: {name} makes 1, 5, 9, 13, ... frames", hint=f"{near}")
-    return _size(size) if size else family.size, frames or family.frames
+    if frames is not None and frames % every != 1:
+        near = max(1, round((frames - 1) / every) * every + 1)
+        some = ", ".join(str(count) for count in range(1, 4 * every, every))
+        raise ModelError(f"{frames} frames: {name} makes {some}, ... frames", hint=f"{near}")
+    return Step(
+        size=_size(size, pixels * family.patch) if size else family.size,
+        frames=frames or family.frames,
+        tokens=family.tokens,
+        latent=family.latent,
+    )
 
 
-def _size(text: str) -> tuple[int, int]:
+def _size(text: str, multiple: int) -> tuple[int, int]:
     """Read width x height; both are whole tokens.
 
-    >>> _size("832x480")
+    >>> _size("832x480", 16)
     (832, 480)
     """
-    multiple = _VAE_SCALE * _PATCH
     sides = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split("x")
     if len(sides) != 2 or not all(s.isdecimal() and len(s) <= _DIGITS for s in sides):  # noqa: PLR2004
         raise ModelError(f"{text[:40]!r} is no size", hint="width x height in pixels: 1024x1024")
