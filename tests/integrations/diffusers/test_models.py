@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import distorch
 from distorch.errors import DistorchError, ModelError
+from distorch.integrations.diffusers.configs import ZERO_CONDITION_MARKER
 from distorch.machine import Machine
 from tests.integrations.diffusers.files import FORMS, PREFIX, File, build, write_config
 from tests.integrations.diffusers.originals import TINY, resident, run, state_of
@@ -141,6 +142,15 @@ def test_only_the_denoiser_of_a_whole_checkpoint_is_loaded(folder: Path, machine
     save_file({**load_file(path), **others}, path)
     model = load(path, "cpu,0b;disk,*", file.compute, machine)
     assert torch.equal(run(file.name, model, file.compute), expected(file))
+    distorch.handle_of(model).remove()
+
+
+def test_a_mark_in_the_file_tells_how_qwen_image_edit_works(folder: Path, machine: Machine) -> None:
+    file = File("qwen-image", "bf16")
+    path = file.write(folder)
+    save_file({**load_file(path), ZERO_CONDITION_MARKER: torch.zeros(1)}, path)
+    model: Any = load(path, "cpu,*", file.compute, machine)
+    assert model.config.zero_cond_t
     distorch.handle_of(model).remove()
 
 
