@@ -132,6 +132,28 @@ def test_two_experts_are_two_models_of_one_class(folder: Path, machine: Machine)
         distorch.handle_of(model).remove()
 
 
+@pytest.mark.parametrize("form", ["bf16", "fp8 scaled"])
+@pytest.mark.parametrize("name", ["flux.1", "sd3.5"])
+def test_weights_are_converted_while_they_are_read_in_either_layout(
+    name: str, form: str, folder: Path, machine: Machine
+) -> None:
+    """What was cut out of another tensor, or swapped, is packed as if it had been its own."""
+    found = []
+    for layout in ("authors", "diffusers"):
+        path = File(name, form, layout).write(folder / layout, config=True)
+        for line in ("cpu,*", "cpu,50%;disk,50%"):
+            model = distorch.load(
+                path, line, weight_dtype="q8_0", compute_dtype="f32", machine=machine
+            )
+            found.append(run(name, model, torch.float32))
+            distorch.handle_of(model).remove()
+    first, *others = found
+    assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(
+        first, run(name, resident(name, state_of(name), torch.float32), torch.float32)
+    )
+
+
 def test_only_the_denoiser_of_a_whole_checkpoint_is_loaded(folder: Path, machine: Machine) -> None:
     file = File("sd3.5", "bf16", prefix=PREFIX)
     path = file.write(folder)
@@ -182,6 +204,8 @@ def test_the_configuration_of_another_size(folder: Path, machine: Machine) -> No
     fails(path, r"lacks transformer_blocks\.\d\..* more: it is not a whole SD3", machine)
     (folder / "config.json").write_text(json.dumps(config | {"num_layers": "many"}))
     fails(path, "diffusers cannot build a SD3Transformer2DModel", machine)
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 1 << 40}))
+    fails(path, r"95 tensors, .* num_layers: 1099511627776", machine)
     (folder / "config.json").write_text("{")
     fails(path, "is no configuration", machine)
 
