@@ -69,6 +69,6 @@ def on_cards(server: Server, name: str) -> tuple[list[int], dict[str, int]]:
     """What the cards hold, after checking it against ComfyUI's account and the plan of ``name``."""
     planned = server.json(f"where_{name}")["bytes"]
     now = server.get("/vgpu")
-    assert now["live"][0] == sum(loaded for loaded, _ in now["loaded"])
+    assert now["live"][0] == sum(now["loaded"])
     assert now["live"][1:] == [planned.get("vgpu:1", 0), planned.get("vgpu:2", 0)]
     return now["live"], planned

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.comfyui.cards import empty, live
-from tests.comfyui.graphs import Graph, node, placement, sampled
+from tests.comfyui.graphs import Graph, Node, node, placement, sampled
 from tests.comfyui.server import Refused, Server
 from tests.comfyui.test_gguf import write_gguf
 from tests.comfyui.test_other_loaders import models  # noqa: F401 (a fixture)
@@ -36,37 +36,37 @@ def _placed(server: Server, loader: dict[str, Any]) -> dict[str, int]:
     return dict(server.json("where").get("bytes", {}))
 
 
+def _legacy(server: Server, **kit: Any) -> Node:
+    folder = server.base / "models" / "diffusion_models"
+    if not (folder / "legacy.gguf").exists():
+        write_gguf(folder / "legacy.gguf", load_file(folder / "wan.safetensors"), "Q8_0", "wan")
+    return node("UnetLoaderGGUFDisTorchMultiGPU", unet_name="legacy.gguf", **kit)
+
+
 @pytest.mark.parametrize(
-    ("other_vram", "lenders"), [(True, {"vgpu:1"}), (False, {"cpu"}), (None, {"cpu"})]
+    ("other_vram", "lender"),
+    [({"use_other_vram": True}, "vgpu:1"), ({"use_other_vram": False}, "cpu"), ({}, "cpu")],
 )
 def test_other_cards_lend_first_if_the_user_meant_them(
-    here: Server,
-    other_vram: bool | None,  # noqa: FBT001 (ComfyUI's form)
-    lenders: set[str],
+    here: Server, other_vram: dict[str, bool], lender: str
 ) -> None:
-    folder = here.base / "models" / "diffusion_models"
-    if not (folder / "lent.gguf").exists():
-        write_gguf(folder / "lent.gguf", load_file(folder / "wan.safetensors"), "Q8_0", "wan")
-    kit = {"device": "vgpu:0", "virtual_vram_gb": 0.004, "use_other_vram": other_vram}
-    given = {name: value for name, value in kit.items() if value is not None}
-    loader = node("UnetLoaderGGUFDisTorchMultiGPU", unet_name="lent.gguf", **given)
-    where = _placed(here, loader)
-    assert where.keys() == {"vgpu:0", *lenders}
+    where = _placed(here, _legacy(here, device="vgpu:0", virtual_vram_gb=0.003, **other_vram))
+    assert where.keys() == {"vgpu:0", lender}
     assert live(here)[1:] == [where.get("vgpu:1", 0), 0]
 
 
 def test_memory_lends_what_other_cards_have_not(here: Server) -> None:
-    here.post("/vgpu", {"1": 4 * _MIB, "2": 2 * _MIB})
+    sizes = here.get("/vgpu")["capacity"]
+    here.post("/vgpu", {"1": 3 * _MIB, "2": 1})
     try:
-        kit = {"device": "vgpu:0", "virtual_vram_gb": 4.0, "use_other_vram": True}
-        loader = node("UnetLoaderGGUFDisTorchMultiGPU", unet_name="lent.gguf", **kit)
-        where = _placed(here, loader)
-        assert where.keys() >= {"vgpu:1", "cpu"}
-        assert 0 < where["vgpu:1"] <= 4 * _MIB
-        assert where["cpu"] > 0
+        kit: dict[str, Any] = {"virtual_vram_gb": 4.0, "use_other_vram": True}
+        where = _placed(here, _legacy(here, device="vgpu:0", **kit))
+        assert 0 < where["vgpu:1"] <= 3 * _MIB
+        assert where["cpu"] > _MIB
+        assert live(here)[1:] == [where["vgpu:1"], 0]
     finally:
         empty(here)
-        here.post("/vgpu", {"1": 3 << 30, "2": 3 << 30})
+        here.post("/vgpu", dict(enumerate(sizes)))
 
 
 @pytest.mark.parametrize("eject", [True, False])
@@ -76,7 +76,7 @@ def test_an_ejected_model_leaves_its_card(
 ) -> None:
     kit = _KIT | {"expert_mode_allocations": ["line", 0], "eject_models": eject}
     assert bool(_loaded_after(here, _KEY, {**_FILE, **kit})) != eject
-    assert bool(live(here)[0]) != eject
+    assert (live(here)[0] > _MIB) != eject
 
 
 def _loaded_after(server: Server, key: str, inputs: dict[str, Any]) -> list[str]:
@@ -161,10 +161,8 @@ def test_the_legacy_node_without_another_card_keeps_all(
     server: Server,
     use_other_vram: bool,  # noqa: FBT001 (ComfyUI's form)
 ) -> None:
-    folder = server.base / "models" / "diffusion_models"
-    write_gguf(folder / "legacy.gguf", load_file(folder / "wan.safetensors"), "Q8_0", "wan")
-    kit = {"device": "cpu", "virtual_vram_gb": 4.0, "use_other_vram": use_other_vram}
-    legacy = node("UnetLoaderGGUFDisTorchMultiGPU", unet_name="legacy.gguf", **kit)
+    kit: dict[str, Any] = {"virtual_vram_gb": 4.0, "use_other_vram": use_other_vram}
+    legacy = _legacy(server, device="cpu", **kit)
     plain = node("UnetLoaderGGUFMultiGPU", unet_name="legacy.gguf", device="cpu")
     assert set(_placed(server, legacy)) == {"cpu"}
     ours = server.tensors("saved")["samples"]

@@ -26,19 +26,14 @@ comfy.model_management.get_all_torch_devices = all_devices
 
 
 async def bytes_now(_request: Any) -> Any:
-    """What each card holds now, and the most that it held since the last question."""
+    """What each card holds and can hold, and what ComfyUI says that each of its models holds."""
     devices = vgpu.counters().devices
-    for index in range(len(devices)):
-        torch.get_device_module("vgpu").reset_peak_memory_stats(index)
+    held = [it for it in comfy.model_management.loaded_models() if it is not None]
     return web.json_response(
         {
             "live": [device.live_bytes for device in devices],
-            "peak": [device.peak_bytes for device in devices],
-            "loaded": [
-                [patcher.loaded_size(), patcher.model_size()]
-                for patcher in comfy.model_management.loaded_models()
-                if patcher is not None  # nobody has it any more
-            ],
+            "capacity": [device.capacity_bytes for device in devices],
+            "loaded": [patcher.loaded_size() for patcher in held],
         }
     )
 
