@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import distorch
-from distorch.cli.run import _by_decoder
+from distorch.cli.text import _by_decoder
 from distorch.plan.plan import Placement
 from tests.cli.make import invoke, start, tiny_llama
 

@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "printable", "show_pairs", "show_table"]
+__all__ = ["Bar", "StepBar", "printable", "show_pairs", "show_table"]
 
 _GAP = (0, 2, 0, 0)
 _UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
@@ -46,21 +54,15 @@ def show_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console().print(table)
 
 
-class Bar:
-    """One line on a terminal's stderr that says what is being done, and how far it is.
+class _Line:
+    """One line on a terminal's stderr, gone when it ends."""
 
-    >>> with Bar() as bar:
-    ...     progress = bar.counting("loading the weights")
-    ...     progress(1, 2)
-    ...     bar.begin("preparing the tokenizer")
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, *columns: ProgressColumn) -> None:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            DownloadColumn(binary_units=True),
+            *columns,
             console=Console(stderr=True),
             transient=True,
             disable=not sys.stderr.isatty(),
@@ -73,6 +75,19 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+
+class Bar(_Line):
+    """Says what is being done, and how far it is.
+
+    >>> with Bar() as bar:
+    ...     progress = bar.counting("loading the weights")
+    ...     progress(1, 2)
+    ...     bar.begin("preparing the tokenizer")
+    """
+
+    def __init__(self) -> None:
+        super().__init__(DownloadColumn(binary_units=True))
 
     def begin(self, what: str) -> None:
         """Say what comes next, of unknown length."""
@@ -87,3 +102,23 @@ class Bar:
             )
 
         return progress
+
+
+class StepBar(_Line):
+    """Says how many steps are done, how long one takes, and what share of it is waiting.
+
+    >>> with StepBar() as steps:
+    ...     steps.show(1, 20, 1.25, 0.03)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(MofNCompleteColumn())
+
+    def show(
+        self, done: int, total: int, seconds_per_step: float | None, stalled: float | None
+    ) -> None:
+        """Show it; what cannot be told yet is None."""
+        said = "step"
+        if seconds_per_step is not None and stalled is not None:
+            said = f"{seconds_per_step:.2f} s a step, {stalled:.0%} stalled, step"
+        self._progress.update(self._task, description=said, completed=done, total=total)

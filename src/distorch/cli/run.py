@@ -1,46 +1,38 @@
-"""``distorch run``: text from a model whose weights rest where they were told to."""
+"""``distorch run``: text, a picture or a video, by a model whose weights rest as they were told."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-import distorch
 from distorch.cli.demo import find_model
-from distorch.cli.generate import Generated, continue_text
+from distorch.cli.loading import Wanted, named
 from distorch.cli.options import (
     AllocationOption,
     ComputeDtypeOption,
     ComputeOption,
     DonorOption,
+    FramesOption,
     JsonOption,
-    ModelArgument,
     Placement,
     RingOption,
+    SizeOption,
     VirtualVramOption,
     WeightDtypeOption,
 )
-from distorch.cli.output import Bar, printable, show_pairs
+from distorch.cli.output import Bar
+from distorch.cli.picture import is_pipeline, paint, read_size
 from distorch.cli.plan import read_plan
-from distorch.errors import AllocationError
-from distorch.formats import open_checkpoint
-from distorch.plan.plan import Plan, gib
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from distorch.cli.text import write
+from distorch.errors import ModelError
 
 __all__ = ["HELP", "run"]
 
 HELP = """
-Generate text with a language model whose weights rest in several memories.
+Run a model whose weights rest in several memories: text of a language model, or a picture or video
+of a pipeline, which is a directory with a model_index.json.
 
 \b
 Examples:
@@ -49,10 +41,25 @@ Examples:
   distorch run model.gguf --plan plan.json --prompt "Once upon a time"
   distorch run model-directory --weight-dtype fp8_e4m3fn --prompt "Once upon a time"
   distorch run model-directory --prompt "Hello" --temperature 0.8 --seed 7 --json
+  distorch run FLUX.1-dev --allocation "cuda:0,10gb;cpu,*" --prompt "A fox" --output fox.png
+  distorch run FLUX.1-dev --file transformer=flux1-dev-Q4_K.gguf --lora style.safetensors:0.8
+    --prompt "A fox" --size 1024x1024 --steps 28
+  distorch run Qwen-Image --component "text_encoder=cpu,*" --component "vae=cuda:1,*"
+    --allocation "cuda:0,12gb;cpu,*" --prompt "A fox" --explain
+  distorch run Wan2.2-I2V --allocation "cuda:0,10gb;cpu,*" --image fox.png --prompt "It runs"
+    --size 832x480 --frames 81 --output fox.mp4
 """
 
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, a directory with safetensors, one with a pipeline, or 'demo'.",
+        show_default=False,
+    ),
+]
 PromptOption = Annotated[
-    str, typer.Option(metavar="TEXT", help="The text to continue.", show_default=False)
+    str, typer.Option(metavar="TEXT", help="The text to continue, or to draw.", show_default=False)
 ]
 NumOption = Annotated[int, typer.Option(metavar="N", min=1, help="At most so many tokens more.")]
 TemperatureOption = Annotated[
@@ -62,95 +69,44 @@ PlanOption = Annotated[
     Path | None,
     typer.Option("--plan", metavar="FILE", help="A plan that `distorch plan --save` wrote."),
 ]
-SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="What the drawing begins with.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="What chance begins with.")]
+ExplainOption = Annotated[bool, typer.Option("--explain", help="Print what rests where, first.")]
+NegativeOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What a picture shall not be.")
+]
+StepsOption = Annotated[int | None, typer.Option(metavar="N", min=1, help="Steps of denoising.")]
+GuidanceOption = Annotated[
+    float | None, typer.Option(metavar="X", min=0, help="How much the prompt weighs.")
+]
+ImageOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The image to edit, or to begin with.")
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A .png or .mp4; several frames as PNG become a folder."),
+]
+LoraOption = Annotated[
+    list[str],
+    typer.Option("--lora", metavar="FILE[:X]", help="A LoRA and its strength; MODEL=FILE, too."),
+]
+ComponentOption = Annotated[
+    list[str],
+    typer.Option("--component", metavar="NAME=LINE", help='"vae=cuda:1,*": a line of its own.'),
+]
+FileOption = Annotated[
+    list[str],
+    typer.Option("--file", metavar="NAME=FILE", help="A pipeline's model from another file."),
+]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a run was and how it went; what cannot be told, since nothing streamed, is None."""
-
-    prompt: str
-    text: str
-    num_tokens: int
-    model_bytes: int
-    bytes_by_tier: dict[str, int]
-    ring_bytes: int
-    peak_weight_bytes: int
-    seconds_to_ready: float
-    seconds_to_first_token: float
-    seconds_per_token: float
-    tokens_per_second: float
-    transfer_hidden: float | None
-    link_bytes_per_second: float | None
-    E: float | None
-    decoders: dict[str, str]
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, prompt: str, said: Generated, seconds_to_ready: float
-    ) -> Report:
-        """Put together what the plan, the counters and the clock say."""
-        handle = distorch.handle_of(model)
-        plan, stats = handle.plan, handle.stats()
-        visited, streamed = stats.num_visits > 0, stats.streamed_bytes > 0
-        return cls(
-            prompt=prompt,
-            text=said.text,
-            num_tokens=said.num_tokens,
-            model_bytes=plan.model_bytes,
-            bytes_by_tier=plan.bytes_by_tier,
-            ring_bytes=plan.ring.nbytes,
-            peak_weight_bytes=handle.weight_bytes,
-            seconds_to_ready=seconds_to_ready,
-            seconds_to_first_token=said.seconds_to_first_token,
-            seconds_per_token=said.seconds_per_token,
-            tokens_per_second=1 / said.seconds_per_token,
-            transfer_hidden=stats.transfer_hidden if visited else None,
-            link_bytes_per_second=stats.link_bytes_per_second if streamed else None,
-            E=stats.efficiency if visited and stats.num_steps else None,
-            decoders=_decoders(plan, model.dtype),
-        )
-
-    def table(self) -> list[tuple[str, str]]:
-        """Return what was measured, as rows of a name and a value."""
-        rows = [
-            ("peak weight bytes", f"{gib(self.peak_weight_bytes)} on the compute device"),
-            ("ready after", f"{self.seconds_to_ready:.2f} s"),
-            ("first token after", f"{self.seconds_to_first_token:.3f} s"),
-            (
-                "each further token",
-                f"{self.seconds_per_token:.3f} s ({self.tokens_per_second:.1f} a second)",
-            ),
-        ]
-        if self.transfer_hidden is not None:
-            rows.append(("transfer hidden", f"{self.transfer_hidden:.0%}"))
-        if self.link_bytes_per_second is not None:
-            rows.append(("link", f"{self.link_bytes_per_second / 1e9:.2f} GB/s"))
-        if self.E is not None:
-            rows.append(("E", f"{self.E:.2f} = max(compute, transfer) / time"))
-        if self.decoders:
-            rows.append(("decoding", _by_decoder(self.decoders)))
-        return rows
-
-
-def _decoders(plan: Plan, dtype: torch.dtype) -> dict[str, str]:
-    """Name what decodes each packed format of the model; torch has been loaded by now."""
-    parts = (part for placement in plan.placements for part in placement.block.parts)
-    decoders_of = import_module("distorch.quant.dequantize").decoders_of
-    found: dict[str, str] = decoders_of({part.dtype for part in parts}, plan.compute, dtype)
-    return found
-
-
-def _by_decoder(decoders: dict[str, str]) -> str:
-    """Write ``Q4_K, Q6_K by C kernel; IQ2_S by torch (slower)``."""
-    formats: dict[str, list[str]] = {}
-    for name, decoder in decoders.items():
-        formats.setdefault(decoder, []).append(name)
-    slower = {decoder: " (slower)" if decoder == "torch" else "" for decoder in formats}
-    return "; ".join(f"{', '.join(names)} by {by}{slower[by]}" for by, names in formats.items())
+_OF_TEXT = ("max_new_tokens", "temperature", "plan")
+_OF_PICTURES = (
+    *("negative_prompt", "size", "steps", "frames", "guidance", "image", "output"),
+    *("component", "file"),
+)
 
 
 def run(
+    context: typer.Context,
     model: ModelArgument,
     *,
     prompt: PromptOption,
@@ -162,89 +118,86 @@ def run(
     weight_dtype: WeightDtypeOption = None,
     compute_dtype: ComputeDtypeOption = None,
     plan: PlanOption = None,
+    lora: LoraOption = [],  # noqa: B006  (typer's way to say that there may be several)
+    seed: SeedOption = 0,
     max_new_tokens: NumOption = 64,
     temperature: TemperatureOption = 0.0,
-    seed: SeedOption = 0,
+    negative_prompt: NegativeOption = None,
+    size: SizeOption = None,
+    steps: StepsOption = None,
+    frames: FramesOption = None,
+    guidance: GuidanceOption = None,
+    image: ImageOption = None,
+    component: ComponentOption = [],  # noqa: B006  (as above)
+    file: FileOption = [],  # noqa: B006  (as above)
+    output: OutputOption = None,
+    explain: ExplainOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Load a model, continue the prompt, and say how it went."""
-    began = time.perf_counter()
+    """Load a model or a pipeline, run it, and say how it went."""
     placement = Placement(
         allocation=allocation, virtual_vram=virtual_vram, donor=donor, compute=compute, ring=ring
     )
-    loaded, tokenizer = _load(
-        model,
-        placement,
-        None if plan is None else _saved(plan, placement),
+    draws = is_pipeline(Path(model))
+    _refuse(context, _OF_TEXT if draws else _OF_PICTURES, model)
+    wanted = Wanted(
+        placement=placement,
+        plan=None if plan is None else read_plan(plan),
         weight_dtype=weight_dtype,
         compute_dtype=compute_dtype,
+        loras=lora,
+        explain=explain,
     )
-    seconds_to_ready = time.perf_counter() - began
-    show = _ignore if as_json else _show_now
-    try:
-        show(prompt)
-        said = continue_text(
-            loaded,
-            tokenizer,
+    if not draws:
+        with Bar() as bar:
+            path = find_model(model, bar)
+        write(
+            path,
+            wanted,
             prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            show=show,
+            as_json=as_json,
         )
-    finally:
-        show("\n")
-    report = Report.of(loaded, prompt, said, seconds_to_ready)
-    if as_json:
-        typer.echo(json.dumps(asdict(report)))
-    else:
-        _show_now("\n")
-        used = distorch.handle_of(loaded).plan
-        foretold = used.prediction
-        show_pairs(used.table() + (foretold.table() if foretold else []) + report.table())
+        return
+    paint(
+        Path(model),
+        wanted,
+        {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "size": None if size is None else read_size(size),
+            "steps": steps,
+            "seed": seed,
+            "frames": frames,
+            "guidance": guidance,
+            "image": image,
+        },
+        lines=named("--component", component, "vae=cpu,*"),
+        files=named("--file", file, "transformer=flux1-dev-Q4_K.gguf"),
+        output=output,
+        as_json=as_json,
+    )
 
 
-def _saved(path: Path, placement: Placement) -> Plan:
-    if placement != Placement():
-        raise AllocationError(
-            "--plan says all of where the weights rest, and another option says it too",
-            hint=f"--plan {path} alone",
+def _refuse(context: typer.Context, names: tuple[str, ...], model: str) -> None:
+    """Refuse options that mean nothing to such a model.
+
+    Raises:
+        ModelError: one was given.
+    """
+    given = [name for name in names if _is_given(context, name)]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        text, picture = "a single model, which writes text", "a pipeline, which draws"
+        is_text = names is _OF_PICTURES
+        raise ModelError(
+            f"{option} is for {picture if is_text else text}: {model} is not",
+            hint="a directory with a model_index.json" if is_text else f"the same without {option}",
         )
-    return read_plan(path)
 
 
-def _load(
-    model: str,
-    placement: Placement,
-    plan: Plan | None,
-    *,
-    weight_dtype: str | None,
-    compute_dtype: str | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with Bar() as bar:
-        path = find_model(model, bar)
-        with open_checkpoint(path):
-            pass  # a file that cannot be read says so at once, not after torch has been imported
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
-        bar.begin("starting torch and transformers")
-        loaded = distorch.load(
-            path,
-            plan or placement.allocation,
-            virtual_vram_gb=placement.virtual_vram,
-            donor=placement.donor,
-            compute=placement.compute,
-            ring=placement.ring_bytes,
-            weight_dtype=weight_dtype,
-            compute_dtype=compute_dtype,
-            progress=bar.counting("loading the weights"),
-        )
-        bar.begin("tokenizer (half a minute, the first time)")
-        return loaded, distorch.load_tokenizer(path)
-
-
-def _show_now(text: str) -> None:
-    print(printable(text), end="", flush=True)  # noqa: T201
-
-
-def _ignore(_text: str) -> None:
-    pass
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
