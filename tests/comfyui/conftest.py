@@ -25,7 +25,7 @@ from tests.comfyui.cards import (
     new_seed,
 )
 from tests.comfyui.make import make_models
-from tests.comfyui.needs import need_flux
+from tests.comfyui.needs import run_with_flux
 from tests.comfyui.server import Server
 
 _ROOT = Path(__file__).parents[2]
@@ -69,15 +69,16 @@ def here(request: pytest.FixtureRequest) -> Server:
 
 @pytest.fixture
 def flux(here: Server) -> str:
-    need_flux(here, core("flux", "known", new_seed()))
+    run_with_flux(here, core("flux", "known", new_seed()))
     empty(here)
     return "flux"
 
 
 def _with_cards(*arguments: str) -> tuple[list[str], Mapping[str, str]]:
     """What a server with virtual cards is started with: few bytes are kept for what is no model."""
-    found = ["--disable-pinned-memory", "--reserve-vram", "0", *arguments]
-    return found, {"DISTORCH_VGPU": _CARDS}
+    known = tree_of("cli_args.py")[1]
+    pinless = ["--disable-pinned-memory"] if "--disable-pinned-memory" in known else []
+    return [*pinless, "--reserve-vram", "0", *arguments], {"DISTORCH_VGPU": _CARDS}
 
 
 def tree_of(name: str) -> tuple[Path, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.comfyui.graphs import Graph
@@ -13,10 +15,10 @@ def need_node(server: Server, kind: str) -> None:
         pytest.skip(f"this ComfyUI has no {kind}")
 
 
-def need_flux(server: Server, graph: Graph) -> None:
-    """Run a graph with a small flux, which some versions know in its full size only."""
+def run_with_flux(server: Server, graph: Graph) -> dict[str, Any]:
+    """Run a graph that may have a small flux, which some versions know in its full size only."""
     try:
-        server.run(graph)
+        return server.run(graph)
     except Refused as refused:
         if not any(words in str(refused) for words in ("size mismatch", "by num_heads")):
             raise

@@ -24,8 +24,10 @@ _FOLDERS = {
 def graph_of(workflow: Mapping[str, Any], listed: Mapping[str, Any]) -> Graph:
     """Return a saved workflow as a graph; ``listed`` is what the server says of its nodes.
 
+    A field that a node has got since then is left out, and has its default.
+
     Raises:
-        ValueError: a node has not as many values saved as it has fields.
+        ValueError: a node has more values saved than it has fields.
     """
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     return {
@@ -45,9 +47,9 @@ def graph_of(workflow: Mapping[str, Any], listed: Mapping[str, Any]) -> Graph:
 
 def _values(node: Mapping[str, Any], kind: Mapping[str, Any]) -> dict[str, Any]:
     names, values = list(_fields(kind)), node["widgets_values"]
-    if len(names) != len(values):
+    if len(names) < len(values):
         raise ValueError(f"{node['type']} has fields {names}, and saved are {values}")
-    return {name: value for name, value in zip(names, values, strict=True) if name}
+    return {name: value for name, value in zip(names, values, strict=False) if name}
 
 
 def _fields(kind: Mapping[str, Any]) -> Iterator[str]:

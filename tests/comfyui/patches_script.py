@@ -93,6 +93,14 @@ def main() -> None:
         patcher = with_lora(ours, *step)
         assert torch.equal(run(patcher, step[0]), expected[step]), (index, step)
         assert handle_in(patcher) is not None, (index, step)
+    assert torch.equal(run(once_placed(), None), expected[None, 1.0])
+
+
+def once_placed() -> Any:
+    """Return a model that was placed behind a LoRA, which are both forgotten."""
+    patcher = load()
+    run(placed("MODEL", with_lora(patcher, "ordinary", 1.0), PLACE), "ordinary")
+    return patcher
 
 
 if __name__ == "__main__":

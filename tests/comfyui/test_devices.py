@@ -177,7 +177,11 @@ def test_a_node_of_comfyuis_sends_a_placed_model_elsewhere(here: Server, device:
         graph["loaded"] = graph["model"]
         graph["model"] = node("SelectModelDevice", model=["loaded", 0], device=device)
         here.run(graph)
-    here.same("ours", "core")
+    if device == "cpu":  # where 0.33 does not round a file's weights to the model's dtype
+        samples = [here.tensors(name)["samples"] for name in graphs]
+        assert torch.allclose(*samples, atol=1e-5)
+    else:
+        here.same("ours", "core")
     where = here.json("where_ours")
     assert where["class"].startswith("Distributed")
     assert where["device"] == ("cpu" if device == "cpu" else "vgpu:1")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.comfyui.graphs import Graph, decoded, encoded, node, sampled
+from tests.comfyui.needs import run_with_flux
 from tests.comfyui.server import Refused, Server
 
 pytestmark = pytest.mark.slow
@@ -58,10 +59,7 @@ def core(server: Server, request: pytest.FixtureRequest) -> str:
     model = str(request.param)
     file = node("UNETLoader", unet_name=f"{model}.safetensors", weight_dtype="default")
     latent = "flux" if model == "flux" else "wan"
-    try:
-        server.run(sampled({"model": file}, f"new_{model}", latent=latent))
-    except Refused:
-        pytest.skip(f"this ComfyUI does not read the tiny {model}")
+    run_with_flux(server, sampled({"model": file}, f"new_{model}", latent=latent))
     for strength in (1.0, 0.5):
         graph = {"file": file, "model": _lora("file", model, strength)}
         server.run(sampled(graph, f"new_{model}_{strength}", latent=latent))

@@ -17,7 +17,7 @@ from tests.comfyui.graphs import (
     sampled,
     with_lora,
 )
-from tests.comfyui.needs import need_flux
+from tests.comfyui.needs import run_with_flux
 from tests.comfyui.server import Refused, Server
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def model(core: Server, request: pytest.FixtureRequest) -> str:
     """A diffusion model that this ComfyUI knows, sampled by its own loader."""
     name = str(request.param)
     if name == "flux":
-        need_flux(core, _sampled("flux", "core_flux"))
+        run_with_flux(core, _sampled("flux", "core_flux"))
     core.run(_sampled(name, f"core_{name}"))
     for strength in (0.5, 1.0):
         core.run(with_lora(_sampled(name, f"core_{name}_{strength}"), name, strength))
@@ -184,7 +184,7 @@ def test_a_control_net_is_the_same_bits(core: Server) -> None:
         found["sampled"]["inputs"]["positive"] = ["guided", 0]
         return found
 
-    need_flux(core, _sampled("flux", "core_flux"))
+    run_with_flux(core, _sampled("flux", "core_flux"))
     name = "flux_control.safetensors"
     core.run(graph(node("ControlNetLoader", control_net_name=name), "core_control"))
     for line in LINES:
@@ -229,7 +229,7 @@ def test_a_control_net_is_the_same_bits(core: Server) -> None:
     ],
 )
 def test_a_checkpoint_is_the_same_bits(core: Server, kind: str, inputs: dict[str, Any]) -> None:
-    need_flux(core, _sampled("flux", "core_flux"))
+    run_with_flux(core, _sampled("flux", "core_flux"))
     name = "flux.safetensors"
 
     def graphs(loader: dict[str, Any], prefix: str) -> list[Graph]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.comfyui.graphs import Graph
 from tests.comfyui.make_other import make_sd15
+from tests.comfyui.needs import run_with_flux
 from tests.comfyui.page import file_names, graph_of, is_on_the_page
 from tests.comfyui.server import Server
 from tests.comfyui.stand_ins import made_small, make_stand_in
@@ -63,7 +64,7 @@ def test_the_server_takes_the_graph(path: Path, examples: Server) -> None:
 def test_it_runs_with_small_models(path: Path, examples: Server) -> None:
     if path.name[:2] in _LARGE:
         pytest.skip(_LARGE[path.name[:2]])
-    done = examples.run(made_small(_graph(path, examples)))
+    done = run_with_flux(examples, made_small(_graph(path, examples)))
     assert done["status"]["completed"]
 
 
@@ -73,7 +74,7 @@ def test_it_runs_on_cards(path: Path, here: Server) -> None:
     if path.name[:2] in _LARGE:
         pytest.skip(_LARGE[path.name[:2]])
     make_sd15(here.base / "models")
-    done = here.run(made_small(_graph(path, here), "vgpu"))
+    done = run_with_flux(here, made_small(_graph(path, here), "vgpu"))
     assert done["status"]["completed"]
 
 

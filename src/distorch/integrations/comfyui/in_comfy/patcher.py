@@ -202,15 +202,15 @@ class DistributedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     def _leave(self) -> None:
         """Hand what rests elsewhere to the patcher that this one was cloned from.
 
-        If that is ComfyUI's own and somebody still has it, the weights come back, for its forward;
-        if nobody has, nobody has the model either, and its memory is free at once.
+        If that is ComfyUI's own, and somebody still has it or one that it came from, the weights
+        come back, for its forward; if not, nobody has the model, and its memory is free at once.
         """
         placed = _placed(self.model)
         if placed is None or placed.holder != id(self):
             return
         if isinstance(self.parent, DistributedPatcher):
             placed.holder = id(self.parent)
-        elif sys.getrefcount(self.parent) > _OURS_ALONE:
+        elif _somebody_has_a_parent_of(self):
             super().detach(True)
         else:
             self.model.distorch_placed = None
@@ -264,6 +264,15 @@ def _class_for(found: type) -> type:
     if found not in _CLASSES:
         _CLASSES[found] = type(f"Distributed{found.__name__}", (DistributedPatcher, found), {})
     return _CLASSES[found]
+
+
+def _somebody_has_a_parent_of(patcher: Any) -> bool:
+    """Say whether one of those that a patcher was cloned from is held by more than its clone."""
+    while patcher.parent is not None:
+        if sys.getrefcount(patcher.parent) > _OURS_ALONE:
+            return True
+        patcher = patcher.parent
+    return False
 
 
 def _placed(model: Any) -> _Placed | None:
