@@ -31,6 +31,21 @@ def language_model() -> Path:
     return _saved(_llama)
 
 
+def nothing() -> Path:
+    """Save nothing: the example makes its model itself."""
+    return Path()
+
+
+def flux_lora() -> dict[str, torch.Tensor]:
+    """Return a LoRA of rank 4 for the tiny FLUX."""
+    torch.manual_seed(1)
+    target = "transformer.transformer_blocks.0.attn.to_q"
+    return {
+        f"{target}.lora_A.weight": torch.randn(4, 256),
+        f"{target}.lora_B.weight": torch.randn(256, 4),
+    }
+
+
 @cache
 def _saved(make: Callable[[], Any]) -> Path:
     folder = tempfile.TemporaryDirectory(prefix="distorch-tiny-")
