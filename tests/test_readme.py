@@ -14,6 +14,7 @@ import typer.main
 
 from distorch import Allocation, vgpu
 from distorch.cli import app
+from examples import tiny
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -21,6 +22,7 @@ DOCUMENTS = [
     *READMES,
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "examples/README.md",
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 ]
 
@@ -63,10 +65,10 @@ def without_comments(text: str) -> str:
 
 
 def examples(about: str) -> list[str]:
-    """The examples in Python: on the demo model, on virtual cards, or on plain modules."""
+    """The examples in Python: on the demo model, virtual cards, a pipeline, or plain modules."""
+    marks = {"gemma3": "demo", "vgpu": "vgpu", "FLUX": "pipeline", "": "plain"}
     blocks = [code.text for code in code_of("README.md") if code.language == "python"]
-    topics = {text: "demo" if "gemma3" in text else "vgpu" for text in blocks}
-    topics |= {text: "plain" for text in blocks if "gemma3" not in text and "vgpu" not in text}
+    topics = {text: next(marks[mark] for mark in marks if mark in text) for text in blocks}
     return [text for text, topic in topics.items() if topic == about]
 
 
@@ -82,13 +84,25 @@ def commands(name: str) -> list[list[str]]:
 
 
 def test_the_readme_has_examples() -> None:
-    assert [len(examples(about)) for about in ("plain", "demo", "vgpu")] == [2, 1, 1]
+    topics = ("plain", "demo", "vgpu", "pipeline")
+    assert [len(examples(about)) for about in topics] == [2, 1, 1, 1]
 
 
 def test_the_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
     for text in examples("plain"):
         exec(compile(text, "README.md", "exec"), {})  # noqa: S102  what is tested
     assert "streamed each step" in capsys.readouterr().out
+
+
+def test_the_example_of_a_pipeline_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (text,) = examples("pipeline")
+    (tmp_path / "FLUX.1-dev").symlink_to(tiny.pipeline("flux"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text, "README.md", "exec"), {})  # noqa: S102  what is tested
+    assert (tmp_path / "fox.png").stat().st_size > 0
+    assert "text_encoder_2 {'cpu': 0, 'disk': 8" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(bool(vgpu.why_not()), reason="no virtual GPU can be built here")
