@@ -20,6 +20,7 @@ from tests.comfyui.cards import (
     on_cards,
     ours,
 )
+from tests.comfyui.conftest import tree_of
 from tests.comfyui.graphs import (
     decoded,
     encoded,
@@ -74,9 +75,16 @@ def test_bytes_land_where_the_line_says(
     empty(here)
 
 
+def leave_no_room(here: Server) -> None:
+    """Have ComfyUI stream: with room for all it rounds the weights that a LoRA has changed."""
+    if "max(128 * 1024 * 1024" in tree_of("model_management.py")[1]:
+        pytest.skip("this ComfyUI loads 128 MiB in any case")
+    give_room(here, 0)
+
+
 def test_a_lora_has_the_bits_of_comfyuis_own_streaming(here: Server, model: str) -> None:
     seed = new_seed()
-    give_room(here, 0)  # with room for all, ComfyUI rounds the weights that it has changed
+    leave_no_room(here)
     here.run(with_lora(core(model, "core", seed), model, 0.5))
     empty(here)
     give_room(here, PLENTY)
@@ -88,7 +96,7 @@ def test_a_lora_has_the_bits_of_comfyuis_own_streaming(here: Server, model: str)
 
 def test_a_lora_on_a_checkpoint_has_the_bits_of_comfyuis_own_streaming(here: Server) -> None:
     make_sd15(here.base / "models")
-    give_room(here, 0)
+    leave_no_room(here)
     plain = node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
     here.run(painted(plain, "none"))
     here.run(painted(plain, "core", lora=0.7))
