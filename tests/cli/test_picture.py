@@ -142,3 +142,11 @@ def test_a_video_needs_what_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distorch.cli.picture.find_spec", lambda _name: None)
     err = _refuse("wan", *ASKED, "--output", "out.mp4")
     assert 'pip install "distorch[video]"' in err
+
+
+def test_a_transformer_alone_draws_nothing() -> None:
+    alone = tiny.pipeline("flux") / "transformer"
+    done = invoke("run", alone, "--prompt", "a fox", *LINE)
+    assert done.code == 2
+    assert "FluxTransformer2DModel generates no text" in done.err
+    assert f"--file transformer={alone}" in done.err

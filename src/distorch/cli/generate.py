@@ -40,14 +40,8 @@ def continue_text(
     """Continue ``prompt``, showing text as it comes; greedy at a temperature of 0.
 
     Raises:
-        ModelError: the prompt has no tokens, or the model writes no text.
+        ModelError: the prompt has no tokens.
     """
-    generate = getattr(model, "generate", None)
-    if generate is None:
-        raise ModelError(
-            f"a {type(model).__name__} generates no text",
-            hint="a model with a language head, whose class is named ...ForCausalLM",
-        )
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise ModelError(
@@ -55,6 +49,7 @@ def continue_text(
             hint='--prompt "Once upon a time"',
         )
     live = _Live(tokenizer, show)
+    generate: Any = model.generate  # typed as what a module may hold
     generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

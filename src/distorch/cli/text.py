@@ -15,6 +15,7 @@ import distorch
 from distorch.cli.generate import Generated, continue_text
 from distorch.cli.loading import Wanted
 from distorch.cli.output import Bar, printable, show_pairs
+from distorch.errors import ModelError
 from distorch.formats import open_checkpoint
 from distorch.plan.plan import Plan, gib
 
@@ -126,6 +127,7 @@ def write(
         pass  # a file that cannot be read says so at once, not after torch has been imported
     with Bar() as bar:
         model = wanted.load(path, bar)
+        _check_writes(model, path)
         wanted.add_loras({"model": distorch.handle_of(model)})
         bar.begin("tokenizer (half a minute, the first time)")
         tokenizer = distorch.load_tokenizer(path)
@@ -155,6 +157,17 @@ def write(
     else:
         _show_now("\n")
         show_pairs(([] if wanted.explain else plan) + report.table())
+
+
+def _check_writes(model: object, path: Path) -> None:
+    """Raise ModelError for a model that writes no text, before a tokenizer is looked for."""
+    if hasattr(model, "generate"):
+        return
+    kind = type(model)
+    hint = "a model with a language head, whose class is named ...ForCausalLM"
+    if kind.__module__.startswith("diffusers."):
+        hint = f"the directory of its whole pipeline, with --file transformer={path}"
+    raise ModelError(f"a {kind.__name__} generates no text", hint=hint)
 
 
 def _show_now(text: str) -> None:
