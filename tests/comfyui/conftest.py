@@ -25,7 +25,7 @@ from tests.comfyui.cards import (
     new_seed,
 )
 from tests.comfyui.make import make_models
-from tests.comfyui.needs import run_with_flux
+from tests.comfyui.needs import run_with_flux, tree_of
 from tests.comfyui.server import Server
 
 _ROOT = Path(__file__).parents[2]
@@ -79,14 +79,6 @@ def _with_cards(*arguments: str) -> tuple[list[str], Mapping[str, str]]:
     known = tree_of("cli_args.py")[1]
     pinless = ["--disable-pinned-memory"] if "--disable-pinned-memory" in known else []
     return [*pinless, "--reserve-vram", "0", *arguments], {"DISTORCH_VGPU": _CARDS}
-
-
-def tree_of(name: str) -> tuple[Path, str]:
-    """Return ComfyUI's folder, and the text of one of its files."""
-    tree = os.environ.get("COMFYUI_DIR")
-    if not tree or not os.environ.get("COMFYUI_PYTHON"):
-        pytest.skip("needs COMFYUI_DIR, a ComfyUI, and COMFYUI_PYTHON, an interpreter that runs it")
-    return Path(tree), (Path(tree) / "comfy" / name).read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.comfyui.graphs import Graph
 from tests.comfyui.server import Refused, Server
+
+
+def tree_of(name: str) -> tuple[Path, str]:
+    """Return ComfyUI's folder, and the text of one of its files."""
+    tree = os.environ.get("COMFYUI_DIR")
+    if not tree or not os.environ.get("COMFYUI_PYTHON"):
+        pytest.skip("needs COMFYUI_DIR, a ComfyUI, and COMFYUI_PYTHON, an interpreter that runs it")
+    return Path(tree), (Path(tree) / "comfy" / name).read_text(encoding="utf-8")
 
 
 def need_node(server: Server, kind: str) -> None:

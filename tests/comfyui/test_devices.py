@@ -20,7 +20,6 @@ from tests.comfyui.cards import (
     on_cards,
     ours,
 )
-from tests.comfyui.conftest import tree_of
 from tests.comfyui.graphs import (
     decoded,
     encoded,
@@ -32,7 +31,7 @@ from tests.comfyui.graphs import (
     with_lora,
 )
 from tests.comfyui.make_other import make_sd15
-from tests.comfyui.needs import need_node
+from tests.comfyui.needs import need_node, tree_of
 from tests.comfyui.server import Refused, Server
 
 pytestmark = pytest.mark.slow
@@ -186,8 +185,8 @@ def test_a_node_of_comfyuis_sends_a_placed_model_elsewhere(here: Server, device:
         graph["model"] = node("SelectModelDevice", model=["loaded", 0], device=device)
         here.run(graph)
     if device == "cpu":  # where 0.33 does not round a file's weights to the model's dtype
-        samples = [here.tensors(name)["samples"] for name in graphs]
-        assert torch.allclose(*samples, atol=1e-5)
+        one, other = (here.tensors(name)["samples"] for name in graphs)
+        assert torch.allclose(one, other, atol=1e-5)
     else:
         here.same("ours", "core")
     where = here.json("where_ours")
