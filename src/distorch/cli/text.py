@@ -111,6 +111,11 @@ def _by_decoder(decoders: dict[str, str]) -> str:
     return "; ".join(f"{', '.join(names)} by {by}{slower[by]}" for by, names in formats.items())
 
 
+def _most_tokens(prompt: str) -> int:
+    """How many tokens a prompt may have: one a byte, and some that mark where it begins."""
+    return len(prompt.encode(errors="replace")) + 8
+
+
 def write(
     path: Path,
     wanted: Wanted,
@@ -126,7 +131,7 @@ def write(
     with open_checkpoint(path):
         pass  # a file that cannot be read says so at once, not after torch has been imported
     with Bar() as bar:
-        model = wanted.load(path, bar)
+        model = wanted.load(path, bar, cache_tokens=_most_tokens(prompt) + max_new_tokens)
         _check_writes(model, path)
         wanted.add_loras({"model": distorch.handle_of(model)})
         bar.begin("tokenizer (half a minute, the first time)")

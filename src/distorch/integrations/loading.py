@@ -42,6 +42,7 @@ def load(  # noqa: PLR0913  (each is one thing that a user may ask for)
     ring: str | int | None = None,
     weight_dtype: str | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    cache_tokens: int | None = None,
     components: Mapping[str, str] | None = None,
     files: Mapping[str, str | os.PathLike[str]] | None = None,
     machine: Machine | None = None,
@@ -65,6 +66,9 @@ def load(  # noqa: PLR0913  (each is one thing that a user may ask for)
     GGUF's. What then rests on disk is a copy in that format, in the folder that the line names or
     the temporary one. ``compute_dtype`` is what the model computes in: by default the dtype of the
     configuration beside safetensors, and of a GGUF float32 on the CPU, bfloat16 on an accelerator.
+
+    ``cache_tokens`` leaves room on the device that computes for what a language model keeps of a
+    text of so many tokens (its KV cache), in every plan until the handle is removed.
 
     Raises:
         StorageError, FormatError: the path holds no whole checkpoint.
@@ -98,7 +102,9 @@ def load(  # noqa: PLR0913  (each is one thing that a user may ask for)
         )
     with open_checkpoint(path) as checkpoint:
         built = _built(checkpoint, request, dtype, machine)
+        beside_bytes = _cache_bytes(built.model, cache_tokens)
     module, tree, source = _opened(built, weight_dtype)
+    tree = replace(tree, beside_bytes=beside_bytes)
     try:
         Handle(module, tree, source).bind(request, machine, progress)
     except BaseException:
@@ -121,6 +127,13 @@ def _built(
         kind, dtype = "gguf", dtype or usual_dtype(request, checkpoint.nbytes, machine)
     builder = _needed("transformers", f"distorch.integrations.huggingface.{kind}_model")
     return builder.build(checkpoint, dtype)  # type: ignore[no-any-return]  # imported by name
+
+
+def _cache_bytes(model: Any, num_tokens: int | None) -> int:
+    if not num_tokens or not hasattr(model, "can_generate"):
+        return 0
+    cache = _needed("transformers", "distorch.integrations.huggingface.cache")
+    return int(cache.cache_bytes(model, num_tokens))
 
 
 def _opened(built: Built, weight_dtype: str | None) -> tuple[Any, Tree, Source]:

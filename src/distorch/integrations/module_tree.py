@@ -94,11 +94,15 @@ def _home(parameter: Tensor) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A module as the planner sees it; ``notes`` tell what stays where it is, and why."""
+    """A module as the planner sees it; ``notes`` tell what stays where it is, and why.
+
+    ``beside_bytes`` are to be left free on the device that computes.
+    """
 
     root: Node
     weights: dict[str, Weight]
     notes: tuple[str, ...]
+    beside_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from distorch.errors import AllocationError
 from distorch.integrations.memories import as_seen, check_here, machine_here
 from distorch.integrations.module_tree import Tree, whole
 from distorch.integrations.request import Request
 from distorch.machine import Machine
 from distorch.plan.blocks import Block, cut
 from distorch.plan.cost import with_usual_links
-from distorch.plan.plan import Plan
+from distorch.plan.plan import Plan, gib
 from distorch.plan.planner import check_room, make_plan
 from distorch.simulate import judge_of_links
 
@@ -46,7 +47,7 @@ class Planning:
         )
         if isinstance(request.allocation, Plan):
             plan = request.allocation.for_blocks(self._blocks_on(request.allocation.compute))
-            check_room(plan, machine)
+            check_room(plan, self._with_less_room(machine, plan.compute))
         else:
             plan = self._by_line(request, machine, self._model_bytes)
         check_here(plan)
@@ -55,6 +56,7 @@ class Planning:
     def _by_line(self, request: Request, machine: Machine, model_bytes: int) -> Plan:
         line, judge = request.line(model_bytes, machine), None
         device = line.resolve(model_bytes, machine, request.compute).compute
+        machine = self._with_less_room(machine, device)
         blocks = self._blocks_on(device)
         if line.mode == "auto" and device != "cpu":  # donors are dealt to by their links
             machine = with_usual_links(machine, device)
@@ -67,6 +69,17 @@ class Planning:
             ring_bytes=request.ring_bytes,
             judge=judge,
         )
+
+    def _with_less_room(self, machine: Machine, compute: str) -> Machine:
+        """See what the model needs beside its weights as taken."""
+        tier, taken_bytes = machine.tier(compute), self.tree.beside_bytes
+        if taken_bytes > tier.free_bytes:
+            raise AllocationError(
+                f"{gib(taken_bytes)} are to be left beside the weights on {compute}, which has "
+                f"{gib(tier.free_bytes)} free",
+                hint="fewer tokens",
+            )
+        return machine.replace_tier(replace(tier, free_bytes=tier.free_bytes - taken_bytes))
 
     def _blocks_on(self, compute: str) -> tuple[Block, ...]:
         """The blocks, if that device computes.
