@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import distorch
 from distorch.cli.text import _by_decoder
@@ -92,6 +94,38 @@ def test_a_person_reads_text_and_a_table(llama: Path) -> None:
     for row in ("allocation", "model", "cpu", "disk", "ring", "peak weight", "transfer hid", "E "):
         assert f"\n{row}" in f"\n{table}"
     assert "decoding" not in table
+
+
+def test_explain_prints_the_plan_first_and_once(llama: Path) -> None:
+    asked = ("--prompt", "w3 w4", "--allocation", "cpu,0b;disk,*", "--max-new-tokens", 4)
+    done = invoke("run", llama, *asked, "--explain")
+    assert (done.code, done.err) == (0, "")
+    plan, text, report = done.out.partition("w3 w4 ")
+    assert text
+    assert plan.startswith("allocation ")
+    assert "streamed each step" in plan
+    assert "streamed each step" not in report
+    assert "first token after" in report
+    said = invoke("run", llama, *asked, "--explain", "--json")
+    assert said.json["num_tokens"] == 4
+
+
+def test_a_lora_changes_what_is_written(llama: Path, tmp_path: Path) -> None:
+    target = "base_model.model.model.layers.0.mlp.down_proj"
+    tensors = {f"{target}.lora_A.weight": torch.randn(4, 128) * 9}
+    save_file(
+        tensors | {f"{target}.lora_B.weight": torch.randn(64, 4) * 9}, tmp_path / "a.safetensors"
+    )
+    texts = [_run(llama)["text"]]
+    for strength in (0, 1):
+        lora = f"{tmp_path / 'a.safetensors'}:{strength}"
+        done = invoke(
+            "run", llama, "--prompt", "w3 w4", "--max-new-tokens", 8, "--json", "--lora", lora
+        )
+        assert done.code == 0
+        assert done.err.startswith("note: ")  # no configuration is beside the file
+        texts.append(done.json["text"])
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_what_decodes_is_named_and_the_slow_way_called_so() -> None:

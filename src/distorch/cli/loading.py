@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import typer
 
 import distorch
 from distorch.cli.options import Placement
@@ -77,7 +80,11 @@ class Wanted:
                     hint=f"--lora {main}={file}",
                 )
             path, strength = _strength(file)
-            models[name].add_lora(path, strength)
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always")
+                models[name].add_lora(path, strength)
+            for note in notes:
+                typer.echo(f"note: {note.message}", err=True)
 
 
 def _strength(file: str) -> tuple[str, float]:

@@ -167,3 +167,14 @@ def test_a_model_that_is_distributed_already_is_named(packed: Path) -> None:
         distorch.distribute(pipe, "cpu,8mb;disk,*")
     assert not hasattr(pipe.vae, "_distorch_handle")
     distorch.handle_of(pipe.transformer).remove()
+
+
+def test_a_model_under_two_names_is_distributed_once() -> None:
+    path = tiny.pipeline("flux")
+    pipe = plain(path)
+    expected = draw(pipe, prompt=tiny.PROMPT)
+    pipe.register_modules(image_encoder=pipe.text_encoder)
+    handle = distorch.distribute(pipe, LINES[0])
+    assert {"text_encoder", "image_encoder"} & set(handle) == {"text_encoder"}
+    assert np.array_equal(draw(pipe, prompt=tiny.PROMPT), expected)
+    handle.remove()
