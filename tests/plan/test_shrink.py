@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distorch.allocation import Allocation
@@ -44,6 +44,7 @@ plans = st.builds(
 
 
 @given(plan=plans, room=st.integers(0, 200 * MIB), free=st.integers(0, 100 * MIB))
+@example(plan=planned("cuda:0,30%;cuda:1,40%;disk,30%", [1, 1, 1]), room=0, free=0)
 def test_a_plan_fits_the_room_or_is_the_smallest(plan: Plan, room: int, free: int) -> None:
     less = shrunk(plan, room, dict.fromkeys(NAMES, free))
     if less.held_bytes > room:

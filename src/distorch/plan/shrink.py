@@ -43,7 +43,7 @@ def shrunk(plan: Plan, room_bytes: int, free_bytes: Mapping[str, int]) -> Plan:
 def _within(plan: Plan, room_bytes: int, free_bytes: Mapping[str, int], *, fewest: bool) -> Plan:
     """Let blocks go until the others and their ring fit, or none is left."""
     staying = [i for i, placed in enumerate(plan.placements) if placed.kind == "resident"]
-    found, budget_bytes = plan, room_bytes
+    found, budget_bytes = _moved(plan, staying, free_bytes, fewest=fewest), room_bytes
     while found.held_bytes > room_bytes and staying:
         blocks = [plan.placements[index].block for index in staying]
         staying = [staying[number] for number in sorted(choose_resident(blocks, budget_bytes))]
