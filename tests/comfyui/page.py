@@ -24,10 +24,10 @@ _FOLDERS = {
 def graph_of(workflow: Mapping[str, Any], listed: Mapping[str, Any]) -> Graph:
     """Return a saved workflow as a graph; ``listed`` is what the server says of its nodes.
 
-    A field that a node has got since then is left out, and has its default.
+    A node of ComfyUI's own may have got fields since, or lost them: then the defaults apply.
 
     Raises:
-        ValueError: a node has more values saved than it has fields.
+        ValueError: a node of a pack has not as many values saved as it has fields.
     """
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     return {
@@ -47,7 +47,7 @@ def graph_of(workflow: Mapping[str, Any], listed: Mapping[str, Any]) -> Graph:
 
 def _values(node: Mapping[str, Any], kind: Mapping[str, Any]) -> dict[str, Any]:
     names, values = list(_fields(kind)), node["widgets_values"]
-    if len(names) < len(values):
+    if kind["python_module"].startswith("custom_nodes") and len(names) != len(values):
         raise ValueError(f"{node['type']} has fields {names}, and saved are {values}")
     return {name: value for name, value in zip(names, values, strict=False) if name}
 

@@ -55,7 +55,8 @@ class _Holds:
                     empty = torch.zeros(here.shape, dtype=here.dtype)
                     self._parameters[name] = nn.Parameter(empty, requires_grad=False)
             elif found.shape != here.shape:
-                errors.append(f"{prefix}{name}: {tuple(found.shape)} is not {tuple(here.shape)}")
+                shapes = f"{tuple(found.shape)} in the file, {tuple(here.shape)} in the model"
+                errors.append(f"size mismatch for {prefix}{name}: {shapes}")
             else:
                 self._parameters[name] = nn.Parameter(found, requires_grad=False)
 
