@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.comfyui.graphs import Graph
 
-_WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+_WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 _FOLDERS = {
     "unet_name": "models/diffusion_models",
     "clip_name": "models/text_encoders",
