@@ -264,6 +264,13 @@ class MemoryGroups:
             return replace(found, peak_bytes=peak_bytes)
 
 
+    def inside(self, command: Sequence[str]) -> CappedRun:
+        """Run a command in a group without a limit; its last argument names the file to set one."""
+        with self.group() as folder:
+            entered = ["sh", "-c", _JOIN, str(folder / "cgroup.procs"), *command]
+            return CappedRun.measured([*entered, str(folder / self.limit)])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CappedRun:
     """What a command printed as its last line, and the memory it took.

@@ -122,20 +122,18 @@ def build() -> Blocks:
     return model.eval()
 
 
-def accelerate_offload(folder: Path) -> Contender:
+def accelerate_offload(model: nn.Module, folder: Path) -> Contender:
     """``disk_offload``: a file for each weight, mapped when its layer begins."""
     from accelerate import disk_offload
 
-    model = build()
     disk_offload(model, folder, execution_device=torch.device("cpu"))
     return Contender("accelerate", model, _cold(folder))
 
 
-def diffusers_offload(folder: Path) -> Contender:
+def diffusers_offload(model: nn.Module, folder: Path) -> Contender:
     """Group offloading to disk, one layer a group."""
     from diffusers.hooks import apply_group_offloading
 
-    model = build()
     apply_group_offloading(
         model,
         onload_device=torch.device("cpu"),
@@ -190,8 +188,8 @@ def _measure(folders: Sequence[Path], num_rounds: int) -> Figures:
         ours = Ours(folders[0])
         contenders = [
             Contender("ours", ours.model, begin=ours.fresh),
-            accelerate_offload(folders[1]),
-            diffusers_offload(folders[2]),
+            accelerate_offload(build(), folders[1]),
+            diffusers_offload(build(), folders[2]),
             Contender("resident", build()),
         ]
         resident = contenders[-1].model

@@ -15,6 +15,7 @@ import foretold
 import links
 import lora
 import main_job
+import offload
 import published
 import typer
 from common import Figures, machine_line
@@ -25,6 +26,7 @@ from distorch.errors import MissingExtraError
 _BENCHMARKS: dict[str, Callable[[], Figures]] = {
     "dequantize": dequantize.run,
     "disk": disk.run,
+    "offload": offload.run,
     "loading": main_job.loading,
     "decoding": main_job.decoding,
     "capped": main_job.capped,
@@ -45,7 +47,10 @@ def main(
         Path | None, typer.Option("--json", metavar="FILE", help="Write every figure there.")
     ] = None,
     read_ahead_kb: Annotated[
-        int, typer.Option(min=0, help="For `disk`: the system's read-ahead; 0 leaves it as it is.")
+        int,
+        typer.Option(
+            min=0, help="For `disk` and `offload`: the system's read-ahead; 0 leaves it as it is."
+        ),
     ] = disk.READ_AHEAD_KIB,
 ) -> None:
     """Measure and print tables; no time is ever asserted, since machines differ."""
@@ -56,7 +61,11 @@ def main(
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join([*_BENCHMARKS, *_GROUPS])}")
     line = machine_line()
     print(f"{line}, {time.strftime('%Y-%m-%d %H:%M')}")
-    benchmarks = {**_BENCHMARKS, "disk": partial(disk.run, read_ahead_kib=read_ahead_kb)}
+    chosen = {
+        name: partial(_BENCHMARKS[name], read_ahead_kib=read_ahead_kb)
+        for name in ("disk", "offload")
+    }
+    benchmarks = {**_BENCHMARKS, **chosen}
     found: Figures = {}
     for name in names:
         print(f"\n{name}: ", end="")
