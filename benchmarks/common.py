@@ -263,7 +263,6 @@ class MemoryGroups:
             peak_bytes = int(peak.read_text()) if peak.exists() else found.peak_bytes
             return replace(found, peak_bytes=peak_bytes)
 
-
     def inside(self, command: Sequence[str]) -> CappedRun:
         """Run a command in a group without a limit; its last argument names the file to set one."""
         with self.group() as folder:
