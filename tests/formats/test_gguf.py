@@ -33,7 +33,7 @@ from tests.formats.make import (
     write_gguf,
 )
 
-FUZZ = settings(max_examples=2000, deadline=timedelta(seconds=30))
+FUZZ = settings(max_examples=2000, deadline=timedelta(seconds=5))
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 ONE = struct.pack("<I", 1)
 

@@ -31,7 +31,7 @@ from tests.formats.make import (
     write_sharded,
 )
 
-FUZZ = settings(max_examples=2000, deadline=timedelta(seconds=30))
+FUZZ = settings(max_examples=2000, deadline=timedelta(seconds=5))
 HEADER: dict[str, Any] = {
     "__metadata__": {"format": "pt"},
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

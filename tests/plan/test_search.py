@@ -246,7 +246,7 @@ def test_nothing_is_predicted_below_its_bound(
     assert predict(plan, profile, machine).predicted_seconds >= least
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.integers(12, 60), speeds, speeds)
 def test_two_donors_on_links_of_their_own_approach_the_sum_of_their_speeds(
     num: int, one: float, other: float
