@@ -66,7 +66,7 @@ def with_halves(name: str, blocks: Bytes, bits: Bytes | int) -> Bytes:
 def quantised_rows(name: str) -> Bytes:
     """Rows as a converter writes them: normal numbers, zeros, one large outlier, tiny ones."""
     rng = np.random.default_rng(1)
-    rows = rng.normal(0, 0.05, (9, 512)).astype(np.float32)
+    rows = rng.normal(0, 0.05, (40, 1024)).astype(np.float32)
     rows[3] = 0
     rows[5, 17] = 900.0
     rows[7] *= 1e-8

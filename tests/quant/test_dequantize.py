@@ -21,7 +21,9 @@ from distorch.quant.dequantize import decoder_of, decoders_of, dequantize, scrat
 from tests.quant.make import (
     DENSE,
     ORACLE,
+    PACKED,
     oracle,
+    quantised_rows,
     random_blocks,
     same_bits,
     sound_blocks,
@@ -84,6 +86,14 @@ def test_the_native_kernel_gives_the_torch_decoders_bits(
         assert found.numel() == num_blocks * BLOCK_FORMATS[name].elements
         if num_blocks:
             assert same_bits(found, by_torch(name, blocks).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name in PACKED])
+def test_the_native_kernel_agrees_on_quantised_weights(name: str, dtype: torch.dtype) -> None:
+    blocks = quantised_rows(name)
+    found = by_kernel(name, torch.from_numpy(blocks), dtype)
+    assert same_bits(found, oracle(name, blocks).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
