@@ -27,19 +27,7 @@ def sampled(
         "positive": node("RandomConditioning", width=width, pooled=pooled, seed=1),
         "negative": node("RandomConditioning", width=width, pooled=pooled, seed=2),
         "empty": empty,
-        "sampled": node(
-            "KSampler",
-            model=["model", 0],
-            positive=["positive", 0],
-            negative=["negative", 0],
-            latent_image=["empty", 0],
-            seed=seed,
-            steps=steps,
-            cfg=2.0,
-            sampler_name="euler",
-            scheduler="simple",
-            denoise=1.0,
-        ),
+        "sampled": _sampler("model", "positive", "negative", seed, steps, "simple"),
         "saved": node("SaveSamples", it=["sampled", 0], name=name),
     }
 
@@ -90,26 +78,31 @@ def painted(loader: Node, name: str, *, control: Node | None = None, lora: float
         "lora": _lora_of_both(lora),
         "text": node("CLIPTextEncode", text="a cat", clip=["lora", 1]),
         "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
-        "sampled": node(
-            "KSampler",
-            model=["lora", 0],
-            positive=["text", 0],
-            negative=["text", 0],
-            latent_image=["empty", 0],
-            seed=3,
-            steps=2,
-            cfg=2.0,
-            sampler_name="euler",
-            scheduler="normal",
-            denoise=1.0,
-        ),
+        "sampled": _sampler("lora", "text", "text", 3, 2, "normal"),
         "pixels": node("VAEDecode", samples=["sampled", 0], vae=["model", 2]),
         "saved": node("SavePixels", it=["pixels", 0], name=name),
     }
     if control is not None:
-        found |= {"control": control, **_guided()}
+        found |= {"control": control, **guided("text", 64)}
         found["sampled"]["inputs"] |= {"positive": ["guided", 0], "negative": ["guided", 1]}
     return found
+
+
+def guided(text: str, size: int) -> Graph:
+    """Guide the conditioning that node ``text`` gives by the ControlNet of node ``control``."""
+    return {
+        "picture": node("EmptyImage", width=size, height=size, batch_size=1, color=0x4080C0),
+        "guided": node(
+            "ControlNetApplyAdvanced",
+            positive=[text, 0],
+            negative=[text, 0],
+            control_net=["control", 0],
+            image=["picture", 0],
+            strength=1.0,
+            start_percent=0.0,
+            end_percent=1.0,
+        ),
+    }
 
 
 def split_checkpoint(device: str, line: str) -> Node:
@@ -125,6 +118,24 @@ def split_checkpoint(device: str, line: str) -> Node:
     return node("CheckpointLoaderAdvancedDisTorch2MultiGPU", **inputs)
 
 
+def _sampler(
+    model: str, positive: str, negative: str, seed: int, steps: int, scheduler: str
+) -> Node:
+    return node(
+        "KSampler",
+        model=[model, 0],
+        positive=[positive, 0],
+        negative=[negative, 0],
+        latent_image=["empty", 0],
+        seed=seed,
+        steps=steps,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler=scheduler,
+        denoise=1.0,
+    )
+
+
 def _lora_of_both(strength: float) -> Node:
     return node(
         "LoraLoader",
@@ -134,19 +145,3 @@ def _lora_of_both(strength: float) -> Node:
         strength_model=strength,
         strength_clip=strength,
     )
-
-
-def _guided() -> Graph:
-    return {
-        "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=0x4080C0),
-        "guided": node(
-            "ControlNetApplyAdvanced",
-            positive=["text", 0],
-            negative=["text", 0],
-            control_net=["control", 0],
-            image=["picture", 0],
-            strength=1.0,
-            start_percent=0.0,
-            end_percent=1.0,
-        ),
-    }

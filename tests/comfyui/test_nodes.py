@@ -12,6 +12,7 @@ from tests.comfyui.graphs import (
     Graph,
     decoded,
     encoded,
+    guided,
     node,
     placement,
     sampled,
@@ -165,22 +166,9 @@ def test_other_models_are_ejected_first(core: Server, model: str) -> None:
 
 def test_a_control_net_is_the_same_bits(core: Server) -> None:
     def graph(loader: dict[str, Any], name: str) -> Graph:
-        control = {
-            "control": loader,
-            "picture": node("EmptyImage", width=128, height=128, batch_size=1, color=0x4080C0),
-            "plain": node("RandomConditioning", width=768, pooled=768, seed=1),
-            "guided": node(
-                "ControlNetApplyAdvanced",
-                positive=["plain", 0],
-                negative=["plain", 0],
-                control_net=["control", 0],
-                image=["picture", 0],
-                strength=1.0,
-                start_percent=0.0,
-                end_percent=1.0,
-            ),
-        }
-        found = {**_sampled("flux", name), **control}
+        plain = node("RandomConditioning", width=768, pooled=768, seed=1)
+        found = _sampled("flux", name) | guided("plain", 128)
+        found |= {"control": loader, "plain": plain}
         found["sampled"]["inputs"]["positive"] = ["guided", 0]
         return found
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,115 +21,16 @@ from distorch.plan.blocks import cut
 from distorch.plan.cost import Profile
 from distorch.plan.storage import format_named, stored_as
 from distorch.simulate import best_plan
+from tests.integrations.configurations import SMALL, attention_flops, llama, saved, small
+from tests.integrations.diffusers.originals import TINY
 
 transformers = pytest.importorskip("transformers", reason="builds transformers' models")
 diffusers = pytest.importorskip("diffusers", reason="builds diffusers' models")
-
-SMALL: dict[str, dict[str, Any]] = {
-    "FluxTransformer2DModel": {
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 256,
-        "pooled_projection_dim": 64,
-        "guidance_embeds": True,
-    },
-    "QwenImageTransformer2DModel": {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 256,
-    },
-    "WanTransformer3DModel": {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "ffn_dim": 512,
-        "text_dim": 256,
-    },
-    "Flux2Transformer2DModel": {
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 256,
-    },
-    "ZImageTransformer2DModel": {
-        "dim": 256,
-        "n_layers": 2,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "cap_feat_dim": 256,
-    },
-    "SD3Transformer2DModel": {
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 256,
-        "caption_projection_dim": 256,
-        "pooled_projection_dim": 64,
-        "dual_attention_layers": (0,),
-        "qk_norm": "rms_norm",
-    },
-    "LTXVideoTransformer3DModel": {
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "cross_attention_dim": 256,
-        "caption_channels": 256,
-    },
-    "HunyuanVideoTransformer3DModel": {
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "num_refiner_layers": 1,
-        "num_attention_heads": 2,
-        "text_embed_dim": 256,
-        "pooled_projection_dim": 64,
-    },
-}
-
-Saved = Callable[..., str]
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Saved:
-    """Write a configuration into a directory of its own, and return that."""
-
-    def save(config: object, name: str = "model") -> str:
-        folder = tmp_path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        text = config if isinstance(config, str) else json.dumps(config)
-        (folder / "config.json").write_text(text)
-        return str(folder)
-
-    return save
-
-
-@pytest.fixture
-def small(saved: Saved) -> Callable[[str], str]:
-    return lambda class_name: saved({"_class_name": class_name, **SMALL[class_name]}, class_name)
-
-
-@pytest.fixture
-def llama(saved: Saved) -> str:
-    return saved(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": 1000,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        "llama",
-    )
 
 
 def num_weights(profile: Profile) -> int:
     """Weights of a profile in bf16."""
     return sum(part.nbytes for block in profile.blocks for part in block.parts) // 2
-
-
-def attention_flops(queries: int, keys: int, width: int, layers: int) -> int:
-    return 4 * queries * keys * width * layers
 
 
 @cache
@@ -217,90 +116,34 @@ def test_formats_have_their_share_of_the_bytes(name: str) -> None:
         assert nbytes[form] / nbytes["bf16"] == pytest.approx(share, rel=0.01)
 
 
-def test_a_format_changes_the_bytes_and_not_the_work(small: Callable[[str], str]) -> None:
-    folder = small("FluxTransformer2DModel")
+def test_a_format_changes_the_bytes_and_not_the_work(tmp_path: Path) -> None:
+    folder = small(tmp_path, "FluxTransformer2DModel")
     dense, packed = (profile_family(folder, size="64x64", format=f) for f in ("bf16", "Q8_0"))
     assert packed.total_flops == dense.total_flops
     assert packed.model_bytes < 0.6 * dense.model_bytes
 
 
 @pytest.mark.parametrize("class_name", SMALL)
-def test_twice_the_batch_is_twice_the_flops(small: Callable[[str], str], class_name: str) -> None:
-    options: dict[str, Any] = {"size": "128x64", "tokens": 16}
-    one, two = (profile_family(small(class_name), batch=batch, **options) for batch in (1, 2))
-    assert two.total_flops == 2 * one.total_flops
-    assert one.activation_bytes < two.activation_bytes <= 2 * one.activation_bytes
-    assert two.blocks == one.blocks
-    assert " batch 2 " in two.name
-
-
-@pytest.mark.parametrize("class_name", SMALL)
-def test_more_pixels_or_text_never_cost_less(small: Callable[[str], str], class_name: str) -> None:
-    # Z-Image fills both up to 32 tokens
-    steps = [("64x64", 8), ("128x128", 8), ("128x128", 64)]
-    found = [profile_family(small(class_name), size=size, tokens=n) for size, n in steps]
-    assert [profile.total_flops for profile in found] == sorted(
-        {profile.total_flops for profile in found}
-    )
-
-
-@pytest.mark.parametrize("class_name", SMALL)
-def test_blocks_are_those_of_the_model_as_it_runs(
-    small: Callable[[str], str], class_name: str
-) -> None:
+def test_blocks_are_those_of_the_model_as_it_runs(tmp_path: Path, class_name: str) -> None:
     model = getattr(diffusers, class_name)(**SMALL[class_name])
-    profile = profile_family(small(class_name), size="64x64", format="f32")
+    profile = profile_family(small(tmp_path, class_name), size="64x64", format="f32")
     assert {block.name: block for block in profile.blocks} == {
         block.name: block for block in cut(describe(model).root)
     }
     assert profile.compute_dtype == "F32"
 
 
-def test_a_whole_pipelines_directory_stands_for_its_transformer(
-    saved: Saved, tmp_path: Path
-) -> None:
+def test_a_whole_pipelines_directory_stands_for_its_transformer(tmp_path: Path) -> None:
     config = {"_class_name": "FluxTransformer2DModel", **SMALL["FluxTransformer2DModel"]}
-    saved(config, "pipeline/transformer")
+    saved(tmp_path, config, "pipeline/transformer")
     found = profile_family(str(tmp_path / "pipeline"), size="64x64")
     assert found.name == "pipeline 64x64 bf16"
 
 
-def test_a_wan_that_starts_from_an_image_is_given_one(saved: Saved) -> None:
-    config = SMALL["WanTransformer3DModel"] | {
-        "_class_name": "WanTransformer3DModel",
-        "in_channels": 36,
-        "image_dim": 64,
-        "added_kv_proj_dim": 256,
-    }
-    without = config | {"image_dim": None, "added_kv_proj_dim": None}
-    from_image, from_text = (
-        profile_family(saved(each), size="64x64", frames=5) for each in (config, without)
-    )
-    keys_and_values = 2 * (2 * 2 * 257 * 256 * 256)  # of the image's tokens, in two layers
-    assert from_image.total_flops > from_text.total_flops + keys_and_values
-
-
-def test_a_prompt_and_a_step_of_generation(llama: str) -> None:
-    """A weight costs two operations a token; the head is asked for the last token's logits."""
-    prompt, step = profile_family(llama, tokens=100), profile_family(llama, tokens=1)
-    layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
-    head = 64 * 1000
-    assert step.total_flops == 2 * (2 * layer + head) + attention_flops(1, 1, 64, 2)
-    assert prompt.total_flops == (2 * (100 * 2 * layer + head) + attention_flops(100, 100, 64, 2))
-    assert prompt.blocks == step.blocks
-    assert (prompt.name, step.name) == ("llama 100 tokens bf16", "llama 1 tokens bf16")
-    assert profile_family(llama, tokens=100, batch=2).total_flops == 2 * prompt.total_flops
-
-
-def test_the_cache_of_a_prompt_counts_as_activations(llama: str) -> None:
-    few, many = (profile_family(llama, tokens=n).activation_bytes for n in (1000, 2000))
-    assert many - few >= 1000 * 2 * 2 * 32 * 2  # keys and values, two layers of 32, bf16
-
-
-def test_blocks_of_a_language_model_are_those_that_the_runtime_cuts(llama: str) -> None:
-    config = transformers.AutoConfig.from_pretrained(llama)
+def test_blocks_of_a_language_model_are_those_that_the_runtime_cuts(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(llama(tmp_path))
     model = transformers.LlamaForCausalLM(config)
-    profile = profile_family(llama, format="f32")
+    profile = profile_family(llama(tmp_path), format="f32")
     assert {block.name for block in profile.blocks} == {
         block.name for block in cut(describe(model).root)
     }
@@ -345,30 +188,30 @@ def test_what_is_refused_and_what_is_suggested(
         ({"model_type": "clip"}, "transformers cannot read"),
     ],
 )
-def test_configurations_that_make_no_model(saved: Saved, config: object, problem: str) -> None:
+def test_configurations_that_make_no_model(tmp_path: Path, config: object, problem: str) -> None:
     with pytest.raises(ModelError, match=problem):
-        profile_family(saved(config))
+        profile_family(saved(tmp_path, config))
 
 
-def test_a_language_model_has_no_size(llama: str) -> None:
+def test_a_language_model_has_no_size(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a language model"):
-        profile_family(llama, size="512x512")
+        profile_family(llama(tmp_path), size="512x512")
 
 
 def test_a_missing_package_is_named_with_the_line_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch, llama: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for name, extra in ((next(iter(FAMILIES)), "diffusers"), (llama, "transformers")):
+    for name, extra in ((next(iter(FAMILIES)), "diffusers"), (llama(tmp_path), "transformers")):
         with pytest.raises(MissingExtraError) as caught:
             profile_family(name)
         assert caught.value.hint == f'pip install "distorch[{extra}]"'
 
 
-def test_a_plan_made_from_a_profile_runs_the_model(saved: Saved) -> None:
+def test_a_plan_made_from_a_profile_runs_the_model(tmp_path: Path) -> None:
     config = {"_class_name": "FluxTransformer2DModel"} | SMALL["FluxTransformer2DModel"]
-    profile = profile_family(saved(config), size="64x64", format="f32")
+    profile = profile_family(saved(tmp_path, config), size="64x64", format="f32")
     tiers = tuple(
         Tier(name=name, capacity_bytes=1 << 40, free_bytes=1 << 40) for name in ("cpu", "disk")
     )
@@ -380,16 +223,7 @@ def test_a_plan_made_from_a_profile_runs_the_model(saved: Saved) -> None:
     )
     plan = best_plan(profile, Allocation.parse("cpu,25%;disk,*"), machine)
     model = diffusers.FluxTransformer2DModel(**SMALL["FluxTransformer2DModel"]).eval()
-    dim, tokens = model.config.in_channels, 16
-    given = {
-        "hidden_states": torch.randn(1, tokens, dim),
-        "encoder_hidden_states": torch.randn(1, 8, 256),
-        "pooled_projections": torch.randn(1, 64),
-        "timestep": torch.ones(1),
-        "guidance": torch.ones(1),
-        "img_ids": torch.zeros(tokens, 3),
-        "txt_ids": torch.zeros(8, 3),
-    }
+    given = TINY["flux.1"].inputs()
     with torch.inference_mode():
         expected = model(**given).sample
         handle = distorch.distribute(model, plan, machine=machine)
