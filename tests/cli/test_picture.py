@@ -67,6 +67,16 @@ def test_an_image_begins_a_video(tmp_path: Path) -> None:
     assert "begins with an image" in _refuse("wan_i2v", *ASKED, *LINE)
 
 
+def test_a_preview_stands_beside_the_picture(tmp_path: Path) -> None:
+    preview = tmp_path / "preview.png"
+    out = _run("flux", "--output", tmp_path / "out.png", "--preview", preview)["output"]
+    with Image.open(preview) as shown, Image.open(out[0]) as picture:
+        assert shown.width == shown.height == 256
+        assert picture.size == (32, 32)
+    without = _run("flux", "--output", tmp_path / "without.png")["output"]
+    assert Image.open(without[0]).tobytes() == Image.open(out[0]).tobytes()
+
+
 def test_a_person_reads_a_plan_then_a_table(tmp_path: Path) -> None:
     path, out = tiny.pipeline("flux"), tmp_path / "out.png"
     done = invoke("run", path, *ASKED, *LINE, "--explain", "--output", out)
@@ -111,6 +121,11 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     assert "neither a picture nor a video" in _refuse("flux", *asked, "--output", "out.txt")
     missing = ("--output", tmp_path / "no" / "out.png")
     assert "no such folder" in _refuse("flux", *asked, *missing)
+    missing = ("--preview", tmp_path / "no" / "preview.png")
+    assert "no such folder" in _refuse("flux", *asked, *missing)
+    assert "--preview preview.jpg is not a PNG" in _refuse(
+        "flux", *asked, "--preview", "preview.jpg"
+    )
     assert "no such file" in _refuse("wan_i2v", *asked, "--image", tmp_path / "no.png")
     assert "is not NAME=VALUE" in _refuse("flux", *asked, "--component", "vae")
     assert "--temperature is for a single model" in _refuse("flux", *asked, "--temperature", 1)

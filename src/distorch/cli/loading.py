@@ -29,13 +29,18 @@ _MAIN = ("model", "transformer", "unet")  # what a LoRA is for, unless it says
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What the options say of it; ``loras`` are ``[NAME=]FILE[:STRENGTH]``."""
+    """What the options say of it; ``loras`` are ``[NAME=]FILE[:STRENGTH]``.
+
+    ``components`` and ``files`` are lines and files of single models of a pipeline, by name.
+    """
 
     placement: Placement
     plan: Plan | None = None
     weight_dtype: str | None = None
     compute_dtype: str | None = None
     loras: Sequence[str] = ()
+    components: Mapping[str, str] | None = None
+    files: Mapping[str, str] | None = None
     explain: bool = False
 
     def __post_init__(self) -> None:
@@ -60,6 +65,8 @@ class Wanted:
             ring=self.placement.ring_bytes,
             weight_dtype=self.weight_dtype,
             compute_dtype=self.compute_dtype,
+            components=self.components,
+            files=self.files,
             progress=bar.counting("loading the weights"),
             **more,
         )
@@ -100,8 +107,8 @@ def _strength(file: str) -> tuple[str, float]:
         return file, 1.0
 
 
-def named(option: str, given: Sequence[str], example: str) -> dict[str, str]:
-    """Read ``NAME=VALUE`` of an option that may be given several times.
+def named(option: str, given: Sequence[str], example: str) -> dict[str, str] | None:
+    """Read ``NAME=VALUE`` of an option that may be given several times; None if it is not.
 
     >>> named("--component", ["vae=cpu,*"], "vae=cpu,*")
     {'vae': 'cpu,*'}
@@ -115,4 +122,4 @@ def named(option: str, given: Sequence[str], example: str) -> dict[str, str]:
             raise ModelError(
                 f"{option} {name}{equals}{value} is not NAME=VALUE", hint=f'{option} "{example}"'
             )
-    return {name: value for name, _, value in pairs}
+    return {name: value for name, _, value in pairs} or None

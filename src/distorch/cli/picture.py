@@ -19,6 +19,7 @@ from distorch.errors import MissingExtraError, ModelError, StorageError
 from distorch.plan.plan import gib
 
 if TYPE_CHECKING:
+    from distorch.integrations.diffusers.asked import Picture
     from distorch.integrations.diffusers.pipelines import PipelineHandle
 
 __all__ = ["is_pipeline", "paint", "read_size"]
@@ -144,18 +145,17 @@ class Watch:
 def paint(
     path: Path,
     wanted: Wanted,
-    asked: dict[str, Any],
+    asked: Picture,
     *,
-    lines: dict[str, str],
-    files: dict[str, str],
     output: Path | None,
+    preview: Path | None,
     as_json: bool,
 ) -> None:
-    """Load a pipeline, make what is asked (see `Picture`), save it, and say how it went."""
-    _check(asked["image"], output)
+    """Load a pipeline, make what is asked, save it, and say how it went."""
+    _check(asked.image, output, preview)
     began = time.perf_counter()
     with Bar() as bar:
-        pipe = wanted.load(path, bar, components=lines or None, files=files or None)
+        pipe = wanted.load(path, bar)
         handle: PipelineHandle = distorch.handle_of(pipe)
         wanted.add_loras(handle)
     ready = time.perf_counter()
@@ -164,11 +164,11 @@ def paint(
             show_pairs([("component", name), *each.plan.table()])
             typer.echo()
     watch = Watch(handle)
-    saved = _drawn(pipe, asked, watch, output)
+    saved = _drawn(pipe, asked, watch, output, preview)
     models = {name: ModelReport.of(each) for name, each in handle.items()}
     report = Report(
         output=saved,
-        prompt=asked["prompt"],
+        prompt=asked.prompt,
         num_steps=len(watch.times),
         seconds_to_ready=ready - began,
         seconds=time.perf_counter() - ready,
@@ -186,9 +186,11 @@ def paint(
     show_table(("model", "bytes", "rests", "steps", "moved", "E"), _rows(models))
 
 
-def _drawn(pipe: Any, asked: dict[str, Any], watch: Watch, output: Path | None) -> list[str]:
+def _drawn(
+    pipe: Any, asked: Picture, watch: Watch, output: Path | None, preview: Path | None
+) -> list[str]:
     """Draw with a bar that follows the steps; return the files."""
-    from distorch.integrations.diffusers.drawing import Picture, draw, save
+    from distorch.integrations.diffusers.drawing import draw, save
 
     with StepBar() as steps:
 
@@ -196,25 +198,26 @@ def _drawn(pipe: Any, asked: dict[str, Any], watch: Watch, output: Path | None) 
             watch.look()
             steps.show(done, total, watch.seconds_per_step, watch.stalled)
 
-        frames = draw(pipe, Picture(**asked), step)
+        frames = draw(pipe, asked, step, preview)
     watch.count()
     return [str(path) for path in save(frames, output or _usual_output(len(frames)))]
 
 
-def _check(image: Path | None, output: Path | None) -> None:
+def _check(image: Path | None, output: Path | None, preview: Path | None) -> None:
     """Refuse what cannot work before anything is loaded."""
     if image is not None and not image.is_file():
         raise StorageError(f"{image}: no such file", hint="--image first.png")
-    if output is None:
-        return
-    if output.suffix.lower() not in _SUFFIXES:
+    if preview is not None and preview.suffix.lower() != ".png":
+        raise ModelError(f"--preview {preview} is not a PNG", hint="--preview preview.png")
+    if output is not None and output.suffix.lower() not in _SUFFIXES:
         raise ModelError(
             f"--output {output} is neither a picture nor a video that can be written",
             hint="--output out.png, or out.mp4",
         )
-    if not output.parent.is_dir():
-        raise StorageError(f"{output.parent}: no such folder", hint=f"mkdir -p {output.parent}")
-    if output.suffix.lower() == ".mp4" and not _writes_video():
+    for file in (output, preview):
+        if file is not None and not file.parent.is_dir():
+            raise StorageError(f"{file.parent}: no such folder", hint=f"mkdir -p {file.parent}")
+    if output is not None and output.suffix.lower() == ".mp4" and not _writes_video():
         raise MissingExtraError(
             "a video file needs imageio and imageio-ffmpeg, which are not installed",
             hint='pip install "distorch[video]", or --output frames.png for a folder of pictures',

@@ -27,6 +27,7 @@ from distorch.cli.picture import is_pipeline, paint, read_size
 from distorch.cli.plan import read_plan
 from distorch.cli.text import write
 from distorch.errors import ModelError
+from distorch.integrations.diffusers.asked import Picture
 
 __all__ = ["HELP", "run"]
 
@@ -85,6 +86,10 @@ OutputOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="A .png or .mp4; several frames as PNG become a folder."),
 ]
+PreviewOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Show the work in a .png, after each step: shapes only."),
+]
 LoraOption = Annotated[
     list[str],
     typer.Option("--lora", metavar="FILE[:X]", help="A LoRA and its strength; MODEL=FILE, too."),
@@ -100,7 +105,7 @@ FileOption = Annotated[
 
 _OF_TEXT = ("max_new_tokens", "temperature", "plan")
 _OF_PICTURES = (
-    *("negative_prompt", "size", "steps", "frames", "guidance", "image", "output"),
+    *("negative_prompt", "size", "steps", "frames", "guidance", "image", "output", "preview"),
     *("component", "file"),
 )
 
@@ -131,6 +136,7 @@ def run(
     component: ComponentOption = [],  # noqa: B006  (as above)
     file: FileOption = [],  # noqa: B006  (as above)
     output: OutputOption = None,
+    preview: PreviewOption = None,
     explain: ExplainOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -138,64 +144,63 @@ def run(
     placement = Placement(
         allocation=allocation, virtual_vram=virtual_vram, donor=donor, compute=compute, ring=ring
     )
-    draws = is_pipeline(Path(model))
-    _refuse(context, _OF_TEXT if draws else _OF_PICTURES, model)
+    path, draws = Path(model), is_pipeline(Path(model))
+    _refuse(context, model, draws=draws)
     wanted = Wanted(
         placement=placement,
         plan=None if plan is None else read_plan(plan),
         weight_dtype=weight_dtype,
         compute_dtype=compute_dtype,
         loras=lora,
+        components=named("--component", component, "vae=cpu,*"),
+        files=named("--file", file, "transformer=flux1-dev-Q4_K.gguf"),
         explain=explain,
     )
-    if not draws:
-        with Bar() as bar:
-            path = find_model(model, bar)
-        write(
-            path,
-            wanted,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
+    if draws:
+        asked = Picture(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            size=None if size is None else read_size(size),
+            steps=steps,
             seed=seed,
-            as_json=as_json,
+            frames=frames,
+            guidance=guidance,
+            image=image,
         )
+        paint(path, wanted, asked, output=output, preview=preview, as_json=as_json)
         return
-    paint(
-        Path(model),
+    with Bar() as bar:
+        path = find_model(model, bar)
+    write(
+        path,
         wanted,
-        {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "size": None if size is None else read_size(size),
-            "steps": steps,
-            "seed": seed,
-            "frames": frames,
-            "guidance": guidance,
-            "image": image,
-        },
-        lines=named("--component", component, "vae=cpu,*"),
-        files=named("--file", file, "transformer=flux1-dev-Q4_K.gguf"),
-        output=output,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
         as_json=as_json,
     )
 
 
-def _refuse(context: typer.Context, names: tuple[str, ...], model: str) -> None:
+def _refuse(context: typer.Context, model: str, *, draws: bool) -> None:
     """Refuse options that mean nothing to such a model.
 
     Raises:
         ModelError: one was given.
     """
-    given = [name for name in names if _is_given(context, name)]
-    if given:
-        option = f"--{given[0].replace('_', '-')}"
-        text, picture = "a single model, which writes text", "a pipeline, which draws"
-        is_text = names is _OF_PICTURES
+    given = next((n for n in (_OF_TEXT if draws else _OF_PICTURES) if _is_given(context, n)), None)
+    if given is None:
+        return
+    option = f"--{given.replace('_', '-')}"
+    if draws:
         raise ModelError(
-            f"{option} is for {picture if is_text else text}: {model} is not",
-            hint="a directory with a model_index.json" if is_text else f"the same without {option}",
+            f"{option} is for a single model, which writes text: {model} is not",
+            hint=f"the same without {option}",
         )
+    raise ModelError(
+        f"{option} is for a pipeline, which draws: {model} is not",
+        hint="a directory with a model_index.json",
+    )
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -1,9 +1,8 @@
-"""What a pipeline is asked for, in the words of its own class; and its pictures in files."""
+"""Asks a pipeline for a picture in the words of its own class; saves what it makes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,15 @@ from diffusers.utils.export_utils import export_to_video
 from PIL import Image, UnidentifiedImageError
 
 from distorch.errors import ModelError, StorageError
+from distorch.integrations.diffusers.asked import Picture
+from distorch.integrations.diffusers.preview import Preview
 
-__all__ = ["Picture", "call_of", "draw", "save"]
+__all__ = ["call_of", "draw", "save"]
 
 OnStep = Callable[[int, int], None]
 """Called after each step, with the steps done and the steps in all."""
 
 _FRAMES_PER_SECOND = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """What is asked of a pipeline; None leaves a choice to its class."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    size: tuple[int, int] | None = None
-    steps: int | None = None
-    seed: int = 0
-    frames: int | None = None
-    guidance: float | None = None
-    image: Path | None = None
 
 
 def call_of(pipe: Any, asked: Picture) -> dict[str, Any]:
@@ -66,20 +53,29 @@ def call_of(pipe: Any, asked: Picture) -> dict[str, Any]:
     return wanted | {"generator": torch.Generator().manual_seed(asked.seed)}
 
 
-def draw(pipe: Any, asked: Picture, on_step: OnStep) -> list[Image.Image]:
+def draw(
+    pipe: Any, asked: Picture, on_step: OnStep, preview: Path | None = None
+) -> list[Image.Image]:
     """Return the frames of what a pipeline makes: one, unless it makes videos.
+
+    Where the latents stand is shown in the file ``preview`` meanwhile.
 
     Raises:
         ModelError: the pipeline refuses what is asked.
     """
     call = call_of(pipe, asked)
+    takes = signature(type(pipe).__call__).parameters
     pipe.set_progress_bar_config(disable=True)
+    shown = None if preview is None else Preview(preview, pipe, call, takes)
 
     def stepped(pipe: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1, pipe.num_timesteps)
+        total = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        on_step(step + 1, total)
+        if shown is not None:
+            shown.show(pipe, tensors["latents"])
         return tensors
 
-    if "callback_on_step_end" in signature(type(pipe).__call__).parameters:
+    if "callback_on_step_end" in takes:
         call["callback_on_step_end"] = stepped
     try:
         made = pipe(**call, output_type="pil")
