@@ -11,8 +11,8 @@ from distorch import vgpu
 from distorch.errors import AllocationError
 from distorch.integrations.attach import Handle
 from tests.accelerator.make import MACHINE, same
+from tests.integrations.loras import IDS, first, made, second
 from tests.integrations.make import num_hooks
-from tests.integrations.test_lora import IDS, first, made, second
 
 LINES = ["vgpu:0,0b;cpu,*", "vgpu:0,50%;vgpu:1,50%", "vgpu:0,20%;cpu,30%;vgpu:1,30%;disk,20%"]
 

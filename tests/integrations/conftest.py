@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from distorch.machine import Machine, Tier
+from distorch.plan.blocks import cut
 
 
 @pytest.fixture
@@ -22,3 +25,11 @@ def seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small models have many blocks too."""
+    from distorch.integrations import planning
+
+    monkeypatch.setattr(planning, "cut", functools.partial(cut, target_bytes=1))

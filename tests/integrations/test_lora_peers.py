@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import distorch
-from distorch.integrations import planning
-from distorch.plan.blocks import cut
 from tests.integrations.huggingface.make import CASES, write
-from tests.integrations.test_lora import LINES, MACHINE, RANK, Net, distributed, run
+from tests.integrations.loras import LINES, MACHINE, RANK, Net, distributed, run
 
-
-@pytest.fixture(autouse=True)
-def _many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(planning, "cut", functools.partial(cut, target_bytes=1))
+pytestmark = pytest.mark.usefixtures("seed", "many_blocks")
 
 
 def randomise(module: nn.Module) -> None:
