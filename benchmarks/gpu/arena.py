@@ -75,7 +75,8 @@ class Arena:
 
     def _grow(self, nbytes: int) -> None:
         if self.nbytes + nbytes > self.most_bytes:
-            raise MemoryError(f"{self.most_bytes / 1e9:.0f} GB of host memory are allowed")
+            allowed = f"{self.most_bytes / 1e9:.0f} GB of host memory are allowed"
+            raise MemoryError(f"{allowed}; --host-gb allows more")
         began = time.perf_counter()
         memory = allocate_pages(nbytes).zero_()  # every page is there, faulted by all threads
         self.touch_seconds += time.perf_counter() - began

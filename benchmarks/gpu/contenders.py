@@ -13,11 +13,15 @@ from gpu.model import Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A model, a device, and the room for weights there, rings and buffers included."""
+    """A model, a device, and the room for weights there, rings and buffers included.
+
+    ``activation_bytes`` is what a pass needs beside the weights.
+    """
 
     model: Model
     device: Device
     room_bytes: int
+    activation_bytes: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

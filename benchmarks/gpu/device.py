@@ -83,6 +83,11 @@ class Device:
         """The most bytes that torch took from the device."""
         return int(self._module.max_memory_reserved(self.torch))
 
+    @property
+    def retries(self) -> int:
+        """How often it was so full that torch gave back what it kept, and asked again."""
+        return int(self._module.memory_stats(self.torch).get("num_alloc_retries", 0))
+
     def tidy(self) -> None:
         """Let go of what nobody uses."""
         gc.collect()

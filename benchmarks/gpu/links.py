@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,6 +53,7 @@ def measure_links(
 ) -> tuple[Figures, Speeds]:
     """Measure every link; one that fails is reported, and counts as unknown."""
     found: Figures = {}
+    sizes = replace(sizes, copied_bytes=min(sizes.copied_bytes, arena.most_bytes))
 
     def note(name: str, job: Callable[[], object]) -> None:
         try:
@@ -73,11 +74,13 @@ def measure_links(
     note("beside a matrix product", lambda: _beside(device, memory, sizes))
     note("device to pinned", lambda: _back(device, memory, sizes))
     note("pageable to device", lambda: _pageable(device, sizes))
-    note("disk", lambda: _disk(folder, memory, sizes))
+    if sizes.file_bytes:
+        note("disk", lambda: _disk(folder, memory, sizes))
     copied = [found[name] for name in ("pinned to device", "beside a matrix product")]
     link = max((v for f in copied for v in f.values() if isinstance(v, float)), default=0.0)
-    disk = max((found["disk"].get(f"read, {n} threads", 0.0) for n in _THREADS), default=0.0)
-    write = found["disk"].get("written", 0.0)
+    from_disk = found.get("disk", {})
+    disk = max(from_disk.get(f"read, {n} threads", 0.0) for n in _THREADS)
+    write = from_disk.get("written", 0.0)
     return found, Speeds(link=link, disk=disk, disk_write=write)
 
 

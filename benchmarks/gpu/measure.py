@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from gpu.model import Model
 _FEWEST_PASSES = 3
 _ROOMIER = 0.9  # what is tried where a device was full
 _TRIES = 3
+_LONG_SECONDS = 2.0  # of a pass: one of them warms up what there is
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,7 +75,7 @@ def run_case(bench: Bench, case: Case, seconds: float) -> Figures:
     own_cap = case.cap_bytes or round(usual_bytes + case.room_share * model.nbytes)
     found["cap_bytes"] = own_cap
     for number, entry in enumerate(case.entries):
-        left = until - time.perf_counter()
+        left, before = until - time.perf_counter(), bench.device.allocated_bytes
         if left <= 0 or not bench.clock.left:
             rows[entry.name] = {"cut_off": "the time was up"}
             bench.clock.say(f"  {entry.name}: cut off, the time was up")
@@ -82,7 +83,7 @@ def run_case(bench: Bench, case: Case, seconds: float) -> Figures:
         share = left / (len(case.entries) - number)
         cap_bytes = entry.cap_bytes or own_cap
         row = _try(bench, model, inputs, entry, reference, cap_bytes, share)
-        rows[entry.name] = row
+        rows[entry.name] = row | {"left_bytes": bench.device.allocated_bytes - before}
         if "failed" in row and not bench.device.works():
             found["stopped"] = f"the device does not compute any more after {entry.name}"
             break
@@ -125,10 +126,10 @@ def _try(
     """One contender's row; one that raises is reported, and stops nothing."""
     needed = reference.activation_bytes if reference else cap_bytes // 4
     room_bytes = cap_bytes - bench.device.allocated_bytes - needed - bench.margin_bytes
+    job = Job(model=model, device=bench.device, room_bytes=room_bytes, activation_bytes=needed)
     for number in range(_TRIES):
         full = ""
         try:
-            job = Job(model=model, device=bench.device, room_bytes=room_bytes)
             row = _row(bench, job, inputs, entry, reference, cap_bytes, seconds)
         except (torch.OutOfMemoryError, AllocationError) as error:
             full = first_line(error)
@@ -139,8 +140,8 @@ def _try(
             bench.device.tidy()
         if not full:
             return row | ({"tries": number + 1} if number else {})
-        bench.clock.say(f"  {entry.name}: the device was full with {room_bytes / 1e9:.2f} GB")
-        room_bytes = round(room_bytes * _ROOMIER)
+        bench.clock.say(f"  {entry.name}: the device was full with {job.room_bytes / 1e9:.2f} GB")
+        job = replace(job, room_bytes=round(job.room_bytes * _ROOMIER))
     return {"failed": full}
 
 
@@ -159,6 +160,7 @@ def _row(
         with entry.run(job) as running:
             set_up = time.perf_counter() - began
             device.reset_peaks()
+            retries = device.retries
             seconds, output, moved = _passes(bench, running, inputs, share - set_up)
             row: Figures = {
                 **_seconds(seconds),
@@ -171,14 +173,23 @@ def _row(
                 "held_by": held,
                 "room_bytes": job.room_bytes,
                 "set_up_seconds": set_up,
+                "allocator_retries": device.retries - retries,
             }
         del running, output
+    bench.clock.say(f"  {entry.name}: {_said(row)}")
+    return row
+
+
+def _said(row: Figures) -> str:
+    """A row in a line: it is in the log though the run should be ended from outside."""
     efficiency = "" if row["E"] is None else f", E {row['E']:.2f}"
-    bench.clock.say(
-        f"  {entry.name}: {1e3 * row['seconds']:.1f} ms{efficiency}, set up in {set_up:.1f} s"
+    retries = row["allocator_retries"]
+    return (
+        f"{1e3 * row['seconds']:.1f} ms{efficiency}, peak {row['peak_bytes'] / 1e9:.3g} GB, "
+        f"set up in {row['set_up_seconds']:.1f} s"
+        + (f", {retries} times short of memory" if retries else "")
         + ("" if row["bits_equal"] in {True, None} else ", OTHER BITS")
     )
-    return row
 
 
 def _passes(
@@ -192,7 +203,8 @@ def _passes(
         outputs[:] = [running.module(**inputs)]
 
     for _ in range(bench.warm_passes):
-        bench.device.seconds(step)
+        if bench.device.seconds(step) > _LONG_SECONDS:
+            break
     before = running.moved() if running.moved else 0
     seconds: list[float] = []
     while len(seconds) < (_FEWEST_PASSES if bench.clock.left else 1) or (

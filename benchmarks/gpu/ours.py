@@ -53,10 +53,11 @@ class Lent(HostTier):
 def machine_for(job: Job, folder: Path | None = None) -> Machine:
     """This machine, with a device that has room for the job's weights; its disk is a folder's."""
     here, device = Machine.here(folder), job.device
-    host = here.tier("cpu")  # the model is in it already
-    free_bytes = min(host.capacity_bytes, host.free_bytes + job.model.nbytes)
+    host, held = here.tier("cpu"), job.model.nbytes  # the model is in it already
+    free_bytes = max(held, min(host.capacity_bytes, host.free_bytes + held))
+    host = replace(host, capacity_bytes=max(free_bytes, host.capacity_bytes), free_bytes=free_bytes)
     tier = Tier(name=device.name, capacity_bytes=device.total_bytes, free_bytes=job.room_bytes)
-    return here.replace_tier(replace(host, free_bytes=free_bytes)).replace_tier(tier)
+    return here.replace_tier(host).replace_tier(tier)
 
 
 def fitting_plan(

@@ -16,12 +16,12 @@ from torch import nn
 
 from gpu.contenders import Contender, Job, Running
 
-__all__ = ["installed"]
+__all__ = ["absent", "installed"]
 
 _MB = 1 << 20
 
 
-def _diffusers(job: Job, module: nn.Module) -> object:
+def _group_offload(job: Job, module: nn.Module) -> object:
     from diffusers.hooks import apply_group_offloading
 
     apply_group_offloading(
@@ -32,11 +32,12 @@ def _diffusers(job: Job, module: nn.Module) -> object:
         num_blocks_per_group=1,
         use_stream=True,
         record_stream=True,
+        low_cpu_mem_usage=not job.model.is_pinned,  # or it would pin a second copy of the model
     )
     return module
 
 
-def _accelerate(job: Job, module: nn.Module) -> object:
+def _cpu_offload(job: Job, module: nn.Module) -> object:
     from accelerate import cpu_offload
 
     return cpu_offload(module, execution_device=job.device.torch)
@@ -85,29 +86,57 @@ def _ramtorch(job: Job, module: nn.Module) -> object:
 
 _Way = Callable[[Job, nn.Module], object]
 
-_TAME: Final[Mapping[str, tuple[str, _Way]]] = {
-    "diffusers group offload": ("diffusers", _diffusers),
-    "accelerate cpu_offload": ("accelerate", _accelerate),
-}
-_WILD: Final[Mapping[str, tuple[str, _Way]]] = {
-    "flextensor": ("flextensor", _flextensor),
-    "ramtorch": ("ramtorch", _ramtorch),
-    "mmgp": ("mmgp", _mmgp),  # last: it changes torch's defaults
-}
+
+def _dense(job: Job) -> nn.Module:
+    if job.model.stored is not None:
+        raise ValueError("packed weights are ours: it knows no such tensors")
+    return job.model.module()
 
 
 @contextmanager
-def _run(way: _Way, job: Job) -> Iterator[Running]:
-    if job.model.stored is not None:
-        raise ValueError("packed weights are ours: it knows no such tensors")
-    module: Any = way(job, job.model.module())
+def _streamed(way: _Way, job: Job) -> Iterator[Running]:
+    module: Any = way(job, _dense(job))
     yield Running(module=module, streamed_bytes=job.model.nbytes)
+
+
+@contextmanager
+def _model_offload(job: Job) -> Iterator[Running]:
+    """What diffusers' `enable_model_cpu_offload` does with each model of a pipeline.
+
+    All of it comes with its first pass, and stays until another model runs: here, to the end.
+    """
+    from accelerate import cpu_offload_with_hook
+
+    module, _ = cpu_offload_with_hook(_dense(job), job.device.torch)
+    try:
+        yield Running(module=module, streamed_bytes=0)
+    except torch.OutOfMemoryError:
+        needed = job.model.nbytes + job.activation_bytes
+        raise MemoryError(f"out of memory, {needed / 1e9:.3g} GB are needed at once") from None
+
+
+_TAME: Final[Mapping[str, tuple[str, Contender]]] = {
+    "diffusers group offload": ("diffusers", partial(_streamed, _group_offload)),
+    "diffusers model offload": ("accelerate", _model_offload),
+    "accelerate cpu_offload": ("accelerate", partial(_streamed, _cpu_offload)),
+}
+_WILD: Final[Mapping[str, tuple[str, Contender]]] = {
+    "flextensor": ("flextensor", partial(_streamed, _flextensor)),
+    "ramtorch": ("ramtorch", partial(_streamed, _ramtorch)),
+    "mmgp": ("mmgp", partial(_streamed, _mmgp)),  # last: it changes torch's defaults
+}
+
+
+def absent() -> list[str]:
+    """Return the packages of peers that are not installed, so that nobody takes them for beaten."""
+    packages = {package for package, _ in (*_TAME.values(), *_WILD.values())}
+    return sorted(package for package in packages if find_spec(package) is None)
 
 
 def installed(*, tame: bool) -> dict[str, Contender]:
     """Return the peers that can be imported here: those that leave torch alone, or the others."""
     return {
-        name: partial(_run, way)
-        for name, (package, way) in (_TAME if tame else _WILD).items()
+        name: run
+        for name, (package, run) in (_TAME if tame else _WILD).items()
         if find_spec(package) is not None
     }

@@ -59,6 +59,8 @@ def markdown(figures: Figures) -> str:
         "link, disk bytes / disk) / T; C is the resident model's best pass, the link is as fast "
         "as it was measured to be. Other projects' `moved` is the whole model."
     )
+    if figures["absent"]:
+        about += f" Not installed, and so not compared with: {', '.join(figures['absent'])}."
     lines = [f"# {hardware['device']}", "", about, ""]
     for name, found in figures["links"].items():
         speeds = ", ".join(f"{key} {_number(value)}" for key, value in found.items())

@@ -43,7 +43,10 @@ def _parser(names: str) -> argparse.ArgumentParser:
     parser.add_argument("--scale", choices=("full", "tiny"), default="full")
     parser.add_argument("--cap-gb", type=float, default=12.0, help="of the device, at full scale")
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="what is not done by then is cut"
+        "--minutes", type=float, default=8.0, help="what is not done by then is cut"
+    )
+    parser.add_argument(
+        "--host-gb", type=float, default=0.0, help="to pin; 0: 56, or half of what is free"
     )
     parser.add_argument("--folder", type=Path, help="for g7, on the disk to measure")
     parser.add_argument("--out", type=Path, help="a file for the results, written as they come")

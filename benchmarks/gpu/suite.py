@@ -6,7 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from gpu.device import Device, Figures, find, hardware, host_memory
 from gpu.kernels import measure_kernels
 from gpu.links import measure_links
 from gpu.measure import Bench, run_case
+from gpu.peers import absent
 from gpu.report import markdown, result_path, show, write_json
-from gpu.workloads import KERNELS, WORKLOADS, Scale, full, tiny
+from gpu.workloads import DISK, KERNELS, WORKLOADS, Scale, full, tiny
 
 _HOST_BYTES = 56 * 10**9  # as much pinned memory as is asked for at most
 _HOST_SHARE = 0.5  # of what is free
@@ -38,7 +39,8 @@ class Options:
     device: str = ""
     scale: str = "full"
     cap_gb: float = 12.0
-    minutes: float = 9.0
+    host_gb: float = 0.0
+    minutes: float = 8.0
     folder: Path | None = None
     out: Path | None = None
     save: bool = False
@@ -66,21 +68,15 @@ def run(options: Options) -> Figures:
     gc.collect()
     gc.freeze()  # what was imported need not be looked at after every contender
     clock.say(f"{found['hardware']['device']}, torch {torch.__version__}, {scale.name} scale")
-    bench = _bench(device, scale, clock)
+    if found["absent"]:
+        clock.say(f"not installed, and so not compared with: {', '.join(found['absent'])}")
+    bench = _bench(device, scale, clock, round(options.host_gb * 1e9))
     plans: Any = planning
     usual = plans.cut
     if scale.block_bytes:  # or a tiny model would be a block or two
         plans.cut = partial(cut, target_bytes=scale.block_bytes)
     try:
-        clock.say("links")
-        found["links"], bench.speeds = measure_links(
-            device, bench.arena, options.folder, scale.sizes, clock
-        )
-        _write(options, found)
-        if not options.only or KERNELS in options.only:
-            found["kernels"] = measure_kernels(device, scale.weights, clock)
-            _write(options, found)
-        _run_workloads(bench, scale, options, found)
+        _measure(bench, scale, options, found)
     finally:
         plans.cut = usual
         torch.set_num_threads(threads)
@@ -100,22 +96,39 @@ def _nothing_yet(device: Device, options: Options) -> Figures:
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "options": {key: str(value) for key, value in asdict(options).items()},
+        "absent": absent(),
         "links": {},
         "cases": {},
     }
 
 
-def _bench(device: Device, scale: Scale, clock: Clock) -> Bench:
-    most_bytes = min(_HOST_BYTES, round(_HOST_SHARE * host_memory()[1])) or _HOST_BYTES
+def _bench(device: Device, scale: Scale, clock: Clock, host_bytes: int) -> Bench:
+    usual = min(_HOST_BYTES, round(_HOST_SHARE * host_memory()[1])) or _HOST_BYTES
     return Bench(
         device=device,
-        arena=Arena(device, most_bytes, scale.slab_bytes),
+        arena=Arena(device, host_bytes or usual, scale.slab_bytes),
         clock=clock,
         margin_bytes=scale.margin_bytes,
         tile=scale.tile,
         most_passes=scale.most_passes,
         warm_passes=scale.warm_passes,
     )
+
+
+def _measure(bench: Bench, scale: Scale, options: Options, found: Figures) -> None:
+    """The links, the kernels, then the workloads; of all, those that were asked for."""
+    sizes = scale.sizes
+    if options.only and DISK not in options.only:
+        sizes = replace(sizes, file_bytes=0)
+    bench.clock.say("links")
+    found["links"], bench.speeds = measure_links(
+        bench.device, bench.arena, options.folder, sizes, bench.clock
+    )
+    _write(options, found)
+    if not options.only or KERNELS in options.only:
+        found["kernels"] = measure_kernels(bench.device, scale.weights, bench.clock)
+        _write(options, found)
+    _run_workloads(bench, scale, options, found)
 
 
 def _run_workloads(bench: Bench, scale: Scale, options: Options, found: Figures) -> None:

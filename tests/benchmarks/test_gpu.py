@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "benchmarks" / "gpu" / "run.py"
 OURS = {"ours", "ours, large ring", "ours, as shipped"}
+PEERS = {"diffusers group offload", "diffusers model offload", "accelerate cpu_offload"}
 PLAIN = {"copy at use", "one ahead", "one ahead, prefix stays"}
+
+virtual = pytest.mark.skipif(
+    not os.environ.get("DISTORCH_VGPU"), reason="needs virtual GPUs: DISTORCH_VGPU=2gb,2gb,2gb"
+)
 
 # What diffusers' classes have: billions of weights, TFLOPs of a pass, blocks of so many megabytes.
 COUNTED: dict[str, tuple[str, dict[str, Any], float, float, dict[str, float]]] = {
@@ -106,9 +112,35 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-virtual = pytest.mark.skipif(
-    not os.environ.get("DISTORCH_VGPU"), reason="needs virtual GPUs: DISTORCH_VGPU=2gb,2gb,2gb"
-)
+def test_the_headline_has_every_peer_under_the_cap() -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers")
+    workloads = import_module("gpu.workloads")
+    scale, speeds = workloads.full(12.0), import_module("gpu.cases").Speeds()
+    labels = {"g1", "g2", "g4 BF16"}
+    found = [
+        case
+        for name in ("g1", "g2", "g4")
+        for case in workloads.WORKLOADS[name].cases(scale, speeds, None)
+        if case.label in labels
+    ]
+    assert {case.label for case in found} == labels
+    for case in found:
+        assert case.cap_bytes == 12e9
+        assert {entry.name for entry in case.entries} >= {"ours", *PEERS}
+        assert not any(entry.cap_bytes for entry in case.entries)
+
+
+def test_a_cap_is_a_share_of_the_card_and_ends_with_its_block() -> None:
+    asked: list[tuple[float, torch.device]] = []
+    device: Any = object.__new__(import_module("gpu.device").Device)  # there is no such card here
+    device.torch, device.kind, device.total_bytes = torch.device("cuda:0"), "cuda", 48 * 10**9
+    device._module = SimpleNamespace(
+        set_per_process_memory_fraction=lambda share, where: asked.append((share, where))
+    )
+    with device.cap(12 * 10**9):
+        assert asked == [(0.25, device.torch)]
+    assert asked[1:] == [(1.0, device.torch)]
 
 
 @pytest.mark.vgpu
@@ -132,6 +164,9 @@ def test_the_whole_command_runs_and_every_scheme_of_ours_keeps_the_bits(
                     assert row["bits_equal"] is True, (label, name)
                     assert row["finite"], (label, name)
     assert set(cases["g1"]["contenders"]) >= {"resident", *OURS, *PLAIN}
+    for name in PEERS & set(cases["g1"]["contenders"]):
+        failed = cases["g1"]["contenders"][name].get("failed", "")
+        assert ("out of memory" in failed) == (name == "diffusers model offload"), failed
 
 
 @pytest.mark.vgpu
@@ -154,6 +189,7 @@ def test_the_results_have_what_is_promised(results: dict[str, Any]) -> None:
             if name == "resident" or "failed" in row:
                 continue
             where = label, name
+            assert row["left_bytes"] == 0, where
             assert row["seconds"] > 0, where
             assert len(row["passes"]) == 3, where
             assert row["streamed_bytes"] > 0, where
