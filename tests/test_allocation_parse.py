@@ -59,6 +59,7 @@ def test_terabytes_are_not_bytes(unit: str) -> None:
 
 
 LONG = "9" * 5000
+ARABIC = "\N{ARABIC-INDIC DIGIT FIVE}gb"
 ERRORS = [
     # text, what the carets stand under, part of the message, the nearest line
     (
@@ -78,12 +79,7 @@ ERRORS = [
     ("cpu,", "", "no amount", "cpu,*"),
     (",5gb", "", "no device", "cuda:0,2.5gb;cpu,*"),
     ("cpu,five", "five", "not an amount", "cpu,*"),
-    (
-        "cpu,\N{ARABIC-INDIC DIGIT FIVE}gb",
-        "\N{ARABIC-INDIC DIGIT FIVE}gb",
-        "not an amount",
-        "cpu,*",
-    ),
+    (f"cpu,{ARABIC}", ARABIC, "not an amount", "cpu,*"),
     ("cpu,-5gb", "-5gb", "has a sign", "cpu,5gb"),
     ("cpu,+5gb", "+5gb", "has a sign", "cpu,5gb"),
     ("cpu,inf", "inf", "not a finite number", "cpu,*"),
