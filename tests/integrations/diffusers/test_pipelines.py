@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import distorch
 from distorch.errors import AllocationError, ExecutorError, ModelError
 from distorch.integrations.diffusers.pipelines import PipelineHandle
-from tests.integrations.diffusers.make import NUM_STEPS, flux_pipeline, picture
+from examples import tiny
+from tests.integrations.diffusers.make import HEIGHT, NUM_STEPS, WIDTH, flux_pipeline, picture
 
 _MIB = 1 << 20
 _ROOM = 64 * _MIB  # more than all models of the tiny pipeline
@@ -48,6 +50,35 @@ def test_pictures_are_the_same_bits(line: str, pipe: Any, expected: Any) -> None
     assert np.array_equal(picture(pipe), expected)
     assert not hasattr(pipe.transformer, "_hf_hook")
     assert all(type(weight) is torch.nn.Parameter for weight in pipe.transformer.parameters())
+
+
+def test_a_picture_that_is_edited_is_the_same_bits() -> None:
+    """Qwen-Image-Edit: the VAE reads the picture, and so does the text encoder, by its eyes."""
+    torch.manual_seed(0)
+    pipe: Any = tiny.qwen_image_edit()
+    expected, other = _edited(pipe, "orange"), _edited(pipe, "blue")
+    assert not np.array_equal(expected, other), "the picture matters"
+    for line in ("cpu,16mb;disk,*", "cpu,0b;disk,*"):
+        handle = distorch.distribute(pipe, line)
+        assert isinstance(handle, PipelineHandle)
+        assert set(handle) == {"vae", "text_encoder", "transformer"}
+        assert np.array_equal(_edited(pipe, "orange"), expected), line
+        handle.remove()
+
+
+def _edited(pipe: Any, colour: str) -> np.ndarray[Any, Any]:
+    pipe.set_progress_bar_config(disable=True)
+    found: np.ndarray[Any, Any] = pipe(
+        image=Image.new("RGB", (64, 64), colour),
+        prompt=tiny.PROMPT,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=2,
+        max_sequence_length=16,
+        output_type="np",
+        generator=torch.Generator().manual_seed(1),
+    ).images
+    return found
 
 
 def test_a_number_leaves_so_much_to_the_donor(pipe: Any, expected: Any) -> None:
