@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,33 +85,44 @@ def load(  # noqa: PLR0913  (each is one thing that a user may ask for)
         ring=ring,
     )
     dtype = read_dtype(compute_dtype)
+    opened = partial(
+        _opened, request=request, dtype=dtype, weight_dtype=weight_dtype, machine=machine
+    )
     if (Path(path) / _INDEX).is_file():
         return _pipeline(
-            Path(path),
-            request,
-            components=components,
-            files=dict(files or {}),
-            weight_dtype=weight_dtype,
-            dtype=dtype,
-            machine=machine,
-            progress=progress,
+            Path(path), dict(files or {}), opened, request, components, machine, progress
         )
     if components is not None or files is not None:
         raise ModelError(
             f"components are of a pipeline, and {path} is a single model",
             hint="distorch.load(path, line)",
         )
+    module, tree, source = opened(path)
+    with ExitStack() as undone:
+        undone.callback(source.close)
+        tree = replace(tree, beside_bytes=_cache_bytes(module, cache_tokens))
+        Handle(module, tree, source).bind(request, machine, progress)
+        undone.pop_all()
+    return module
+
+
+def _opened(
+    path: str | os.PathLike[str],
+    *,
+    request: Request,
+    dtype: torch.dtype | None,
+    weight_dtype: str | None,
+    machine: Machine | None,
+) -> tuple[Any, Tree, Source]:
+    """Build a model without memory and open its files.
+
+    What was read of the headers (a vocabulary) is let go of here, before the weights come.
+    """
     with open_checkpoint(path) as checkpoint:
         built = _built(checkpoint, request, dtype, machine)
-        beside_bytes = _cache_bytes(built.model, cache_tokens)
-    module, tree, source = _opened(built, weight_dtype)
-    tree = replace(tree, beside_bytes=beside_bytes)
-    try:
-        Handle(module, tree, source).bind(request, machine, progress)
-    except BaseException:
-        source.close()
-        raise
-    return module
+    built, source = built.open(weight_dtype)
+    tree = describe(built.model, built.stored)
+    return built.model, replace(tree, notes=built.notes + tree.notes), source
 
 
 def _built(
@@ -136,12 +148,6 @@ def _cache_bytes(model: Any, num_tokens: int | None) -> int:
     return int(cache.cache_bytes(model, num_tokens))
 
 
-def _opened(built: Built, weight_dtype: str | None) -> tuple[Any, Tree, Source]:
-    built, source = built.open(weight_dtype)
-    tree = describe(built.model, built.stored)
-    return built.model, replace(tree, notes=built.notes + tree.notes), source
-
-
 def _is_of_diffusers(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is an image or video model's: nothing heavy is imported to tell."""
     if checkpoint.format == "gguf":
@@ -155,31 +161,27 @@ def _is_of_diffusers(checkpoint: Checkpoint) -> bool:
 
 def _pipeline(
     path: Path,
-    request: Request,
-    *,
-    components: Mapping[str, str] | None,
     files: Mapping[str, str | os.PathLike[str]],
-    weight_dtype: str | None,
-    dtype: torch.dtype | None,
+    opened: Callable[[str | os.PathLike[str]], tuple[Any, Tree, Source]],
+    request: Request,
+    components: Mapping[str, str] | None,
     machine: Machine | None,
     progress: Progress | None,
 ) -> Any:
     """Build a pipeline whose models have no memory, and distribute them."""
     pipelines = _needed("diffusers", "distorch.integrations.diffusers.pipelines")
     directory = _needed("diffusers", "distorch.integrations.diffusers.directory")
-    with ExitStack() as opened:
+    with ExitStack() as undone:
         found = {}
         for name in directory.models_in(path, files):
-            with open_checkpoint(files.get(name, path / name)) as checkpoint:
-                built = _built(checkpoint, request, dtype, machine)
-            module, tree, source = _opened(built, weight_dtype)
-            opened.callback(source.close)
+            module, tree, source = opened(files.get(name, path / name))
+            undone.callback(source.close)
             found[name] = pipelines.Component(name, module, tree, source)
         pipe = directory.assemble(path, {name: model.module for name, model in found.items()})
         pipelines.distribute_pipeline(
             pipe, request, components=components, machine=machine, progress=progress, found=found
         )
-        opened.pop_all()
+        undone.pop_all()
     return pipe
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from distorch.errors import ModelError
 from distorch.formats import TensorInfo
-from distorch.integrations.converting import conversion
 from distorch.integrations.module_tree import Stored
 from distorch.integrations.resting import TORCH_DTYPES
 from distorch.plan.storage import converted, format_named
@@ -62,9 +61,11 @@ class Built:
             ModelError, MissingExtraError: weights cannot be stored so.
             StorageError: a file cannot be opened.
         """
-        wanted = dict(self.infos)
-        if weight_dtype is not None:
-            wanted = converted(self.infos, format_named(weight_dtype), self.scales)
+        if weight_dtype is None:
+            return self, FileSource(self.infos, self.amend)
+        from distorch.integrations.converting import conversion  # noqa: PLC0415  brings gguf
+
+        wanted = converted(self.infos, format_named(weight_dtype), self.scales)
         conversions = {
             name: conversion(info, wanted[name].dtype, self.scales.get(name))
             for name, info in self.infos.items()
