@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ pytestmark = [
 
 
 @pytest.fixture
-def bench() -> Any:
+def bench() -> Iterator[Any]:
     """What cases share, on a virtual card of this process."""
     workloads, cases = import_module("gpu.workloads"), import_module("gpu.cases")
     scale, device = workloads.tiny(), import_module("gpu.device").Device("vgpu:0")
-    return import_module("gpu.measure").Bench(
+    gc.collect()
+    gc.freeze()  # as a run does
+    yield import_module("gpu.measure").Bench(
         device=device,
         arena=import_module("gpu.arena").Arena(device, 1 << 30, scale.slab_bytes),
         clock=cases.Clock(2),
@@ -31,6 +34,7 @@ def bench() -> Any:
         tile=scale.tile,
         most_passes=scale.most_passes,
     )
+    gc.unfreeze()
 
 
 def small_case(room_share: float, **contenders: Any) -> Any:
