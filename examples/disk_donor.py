@@ -8,7 +8,6 @@ E near 1 says that it never rested. For a disk of your own say ``disk:/mnt/nvme,
 
 import shared
 import tiny
-import torch
 
 import distorch
 
@@ -17,16 +16,8 @@ def main() -> None:
     """Draw one picture with nothing at rest in memory."""
     asked = shared.arguments(__doc__, lambda: tiny.pipeline("flux"), "cpu,0b;disk,*")
     pipe = distorch.load(asked.model, asked.allocation)
-    handle = distorch.handle_of(pipe)
-    watch = shared.Watch(handle)
-    made = pipe(
-        asked.prompt,
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=watch,
-        **asked.call,
-    )
-    shared.save(made, asked.output)
-    stats = handle["transformer"].stats()
+    watch = shared.run(pipe, asked)
+    stats = distorch.handle_of(pipe)["transformer"].stats()
     print(
         f"read {shared.mib(stats.streamed_bytes)}, used {shared.mib(stats.cached_bytes)} in place"
     )

@@ -9,7 +9,6 @@ Without two cards, virtual ones stand for them.
 
 import shared
 import tiny
-import torch
 
 import distorch
 
@@ -20,17 +19,8 @@ def main() -> None:
     line = f"{first},4mb;{second},8mb;cpu,*"
     asked = shared.arguments(__doc__, lambda: tiny.pipeline("flux"), line)
     pipe = distorch.load(asked.model, asked.allocation)
-    handle = distorch.handle_of(pipe)
-    watch = shared.Watch(handle)
-    made = pipe(
-        asked.prompt,
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=watch,
-        **asked.call,
-    )
-    shared.save(made, asked.output)
-    watch.report()
-    handle.remove()
+    shared.run(pipe, asked).report()
+    distorch.handle_of(pipe).remove()
 
 
 if __name__ == "__main__":

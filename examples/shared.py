@@ -16,7 +16,7 @@ import torch
 import transformers
 from PIL import Image
 
-from distorch import Handle, vgpu
+from distorch import Handle, handle_of, vgpu
 
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 16}
 
@@ -95,6 +95,20 @@ class Watch:
         saved = max(0, total - self.peak_bytes)
         print(f"{mib(total)} of weights, at most {mib(self.peak_bytes)} on the device at once")
         print(f"saved: {mib(saved)} ({saved / total:.0%}); {seconds:.1f} s")
+
+
+def run(pipe: Any, asked: Asked, **call: Any) -> Watch:
+    """Call a pipeline with what was asked, save what it made, and return who watched it."""
+    watch = Watch(handle_of(pipe))
+    made = pipe(
+        asked.prompt,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=watch,
+        **asked.call,
+        **call,
+    )
+    save(made, asked.output)
+    return watch
 
 
 def save(made: Any, path: Path) -> None:

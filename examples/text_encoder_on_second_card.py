@@ -9,7 +9,6 @@ the transformer and the VAE. Without two cards, virtual ones stand for them.
 
 import shared
 import tiny
-import torch
 
 import distorch
 
@@ -21,15 +20,8 @@ def main() -> None:
     pipe = distorch.load(
         asked.model, asked.allocation, components={"text_encoder_2": f"{second},*"}
     )
+    watch = shared.run(pipe, asked)
     handle = distorch.handle_of(pipe)
-    watch = shared.Watch(handle)
-    made = pipe(
-        asked.prompt,
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=watch,
-        **asked.call,
-    )
-    shared.save(made, asked.output)
     for device, nbytes in handle.weight_bytes.items():
         print(f"{device} has {shared.mib(nbytes)} of weights now")
     watch.report()

@@ -10,7 +10,6 @@ cards, virtual ones stand for them.
 
 import shared
 import tiny
-import torch
 
 import distorch
 
@@ -20,16 +19,8 @@ def main() -> None:
     card, _ = shared.two_cards()
     asked = shared.arguments(__doc__, lambda: tiny.pipeline("wan"), f"{card},8mb;cpu,*")
     pipe = distorch.load(asked.model, asked.allocation, components={"vae": "cpu,*"})
+    watch = shared.run(pipe, asked, num_frames=5 if asked.is_tiny else 81)
     handle = distorch.handle_of(pipe)
-    watch = shared.Watch(handle)
-    made = pipe(
-        asked.prompt,
-        num_frames=5 if asked.is_tiny else 81,
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=watch,
-        **asked.call,
-    )
-    shared.save(made, asked.output)
     print(f"the VAE computes on {handle['vae'].plan.compute}")
     watch.report()
     handle.remove()

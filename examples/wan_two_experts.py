@@ -9,7 +9,6 @@ first to give its room on the card to the second when they change, once.
 
 import shared
 import tiny
-import torch
 
 import distorch
 
@@ -18,16 +17,8 @@ def main() -> None:
     """Make one video, and say what the change of experts has moved."""
     asked = shared.arguments(__doc__, lambda: tiny.pipeline("wan_two_experts"), "cpu,8mb;disk,*")
     pipe = distorch.load(asked.model, asked.allocation)
+    watch = shared.run(pipe, asked, num_frames=5 if asked.is_tiny else 81)
     handle = distorch.handle_of(pipe)
-    watch = shared.Watch(handle)
-    made = pipe(
-        asked.prompt,
-        num_frames=5 if asked.is_tiny else 81,
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=watch,
-        **asked.call,
-    )
-    shared.save(made, asked.output)
     for name in ("transformer", "transformer_2"):
         print(f"{name} came to the device once: {shared.mib(handle[name].moved_bytes)}")
     watch.report()
