@@ -10,6 +10,7 @@ __all__ = ["FLOWS"]
 _HIGH = "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors"
 _LOW = "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors"
 _T5 = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+_VAE = "wan_2.1_vae.safetensors"
 _LIGHT = "wan2.2_t2v_lightx2v_4steps_lora_v1.1_{}_noise.safetensors"
 
 
@@ -59,17 +60,22 @@ def _two_passes(f: Flow, models: tuple[Node, Node], latent: Node, text: str, *, 
     )
 
 
+def _video(f: Flow, models: tuple[Node, Node], latent: Node, text: str, *, steps: int) -> Flow:
+    """Add what comes after the models of a video; return the flow."""
+    sampled = _two_passes(f, models, latent, text, steps=steps)
+    save_video(f, sampled, vae_on_second_card(f, _VAE), fps=16.0)
+    return f
+
+
 def _no_ram() -> Flow:
     f = Flow(
         "13 wan 2.2, two models, no RAM",
         "**Only cards.** 9 GiB of each of the two models rest on `cuda:1`, none in RAM.",
     )
     latent = f("EmptyHunyuanLatentVideo", width=1280, height=704, length=57)
-    text = "a train crosses a viaduct in fog, seen from above"
     models = _pair(f, 9.0, ("cuda:1", "cuda:1"), lora=False)
-    sampled = _two_passes(f, models, latent, text, steps=20)
-    save_video(f, sampled, vae_on_second_card(f, "wan_2.1_vae.safetensors"), fps=16.0)
-    return f
+    text = "a train crosses a viaduct in fog, seen from above"
+    return _video(f, models, latent, text, steps=20)
 
 
 def _image_lora() -> Flow:
@@ -84,7 +90,7 @@ def _image_lora() -> Flow:
     sampled = _two_passes(f, models, latent, text, steps=8)
     vae = f(
         "VAELoaderDisTorch2MultiGPU",
-        vae_name="wan_2.1_vae.safetensors",
+        vae_name=_VAE,
         compute_device="cuda:0",
         virtual_vram_gb=0.0,
         donor_device="cpu",
@@ -100,11 +106,8 @@ def _two_donors() -> Flow:
         "RAM.",
     )
     latent = f("EmptyHunyuanLatentVideo", width=768, height=768, length=81)
-    text = "a dancer turns on an empty stage, one spotlight"
     models = _pair(f, 13.0, ("cuda:1", "cpu"), lora=True)
-    sampled = _two_passes(f, models, latent, text, steps=4)
-    save_video(f, sampled, vae_on_second_card(f, "wan_2.1_vae.safetensors"), fps=16.0)
-    return f
+    return _video(f, models, latent, "a dancer turns on an empty stage, one spotlight", steps=4)
 
 
 FLOWS = (_no_ram, _image_lora, _two_donors)
