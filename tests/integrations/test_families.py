@@ -185,7 +185,7 @@ def test_what_is_refused_and_what_is_suggested(
         ({"_class_name": "FluxTransformer2DModel", "in_channels": None}, "cannot"),
         ({}, "transformers cannot read"),
         ({"model_type": "no-such"}, "transformers cannot read"),
-        ({"model_type": "clip"}, "transformers cannot read"),
+        ({"model_type": "clip"}, "transformers has no model class"),
     ],
 )
 def test_configurations_that_make_no_model(tmp_path: Path, config: object, problem: str) -> None:

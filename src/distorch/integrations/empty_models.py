@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distorch.errors import MissingExtraError, ModelError
+from distorch.errors import ModelError
+from distorch.integrations.extras import need
 
 __all__ = ["diffusers_model", "language_model"]
 
@@ -25,7 +26,7 @@ def diffusers_model(class_name: str, config: Mapping[str, Any], dtype: torch.dty
     >>> diffusers_model("FluxTransformer2DModel", {"num_layers": 1}, torch.float16).dtype
     torch.float16
     """
-    model_class = getattr(_need("diffusers"), class_name)
+    model_class = getattr(need("diffusers", "this profile"), class_name)
     try:
         with torch.device("meta"):
             module: nn.Module = model_class.from_config(dict(config))
@@ -48,29 +49,9 @@ def language_model(path: Path, dtype: torch.dtype) -> nn.Module:
         ModelError: the configuration makes no model.
         MissingExtraError: transformers is not installed.
     """
-    transformers = _need("transformers")
+    need("transformers", "this profile")
+    classes = import_module("distorch.integrations.huggingface.classes")
     skeleton = import_module("distorch.integrations.huggingface.skeleton")
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        classes = [getattr(transformers, name, None) for name in config.architectures or ()]
-        mapping = transformers.AutoModelForCausalLM._model_mapping
-        model_class = next(filter(None, classes), None) or mapping[type(config)]
-    except Exception as error:
-        raise ModelError(
-            f"transformers cannot read {path / 'config.json'}: {error}",
-            hint="a model that the installed transformers knows; code in a directory is not run",
-        ) from error
-    model: nn.Module = skeleton.build_empty(model_class, config, dtype)
+    config = classes.read_config(path)
+    model: nn.Module = skeleton.build_empty(classes.model_class(config), config, dtype)
     return model.to("meta")
-
-
-def _need(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"this profile needs {package}, which is not installed",
-            hint=f'pip install "distorch[{package}]"',
-        ) from error

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distorch.allocation import Allocation
-from distorch.errors import MissingExtraError, ModelError
+from distorch.errors import ModelError
 from distorch.formats import Checkpoint, open_checkpoint
 from distorch.integrations.attach import Handle, Progress
+from distorch.integrations.extras import need
 from distorch.integrations.huggingface.computing import read_dtype, stored_dtype, usual_dtype
 from distorch.integrations.module_tree import Tree, describe
 from distorch.integrations.request import Request
@@ -186,16 +187,6 @@ def _pipeline(
 
 
 def _needed(library: str, module: str) -> Any:
-    """Import one of our modules that needs a library.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import_module(library)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"loading this model needs {library}, which is not installed",
-            hint=f'pip install "distorch[{library}]"',
-        ) from error
+    """Import one of our modules that needs a library."""
+    need(library, "loading this model")
     return import_module(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from distorch.errors import MissingExtraError
+from distorch.integrations.extras import need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,13 +24,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         ModelError: it has no tokenizer that transformers can read.
         MissingExtraError: transformers is not installed.
     """
-    try:
-        import transformers  # noqa: F401, PLC0415  only to see that it is there
-    except ImportError as error:
-        raise MissingExtraError(
-            "loading a tokenizer needs transformers, which is not installed",
-            hint='pip install "distorch[transformers]"',
-        ) from error
+    need("transformers", "loading a tokenizer")
     from distorch.integrations.huggingface import tokenizer  # noqa: PLC0415  heavy
 
     return tokenizer.load(path)

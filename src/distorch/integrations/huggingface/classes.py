@@ -1,15 +1,34 @@
-"""The class of transformers that a configuration is of."""
+"""Configurations as transformers reads them, and its class that one is of."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from distorch.errors import ModelError
 
-__all__ = ["model_class"]
+__all__ = ["model_class", "read_config"]
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration in a directory.
+
+    Raises:
+        ModelError: the installed transformers cannot read it.
+    """
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(
+            f"transformers cannot read {folder / 'config.json'}: {error}",
+            hint="a model that the installed transformers knows; code in a directory is not run",
+        ) from error
+    return found
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from distorch.errors import ModelError
 from distorch.formats import Checkpoint
 from distorch.formats.scales import Scaled, pair_scales
-from distorch.integrations.huggingface.classes import model_class
+from distorch.integrations.huggingface.classes import model_class, read_config
 from distorch.integrations.huggingface.computing import stored_dtype
 from distorch.integrations.huggingface.scales import read_scales
 from distorch.integrations.huggingface.skeleton import Built, build_empty, match
@@ -37,13 +37,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Built:
             f"{folder} has no config.json: a safetensors file alone does not say what model it is",
             hint="the directory as it was saved: config.json beside the weights",
         )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(
-            f"transformers cannot read {folder / 'config.json'}: {error}",
-            hint="a model that the installed transformers knows; code in a directory is not run",
-        ) from error
+    config = read_config(folder)
     tile = _forget_quantization(config)
     model = build_empty(model_class(config), config, dtype or _dtype(config, checkpoint))
     if (folder / "generation_config.json").is_file():
