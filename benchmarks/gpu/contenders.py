@@ -15,7 +15,7 @@ from gpu.model import Model
 class Job:
     """A model, a device, and the room for weights there, rings and buffers included.
 
-    ``activation_bytes`` is what a pass needs beside the weights.
+    ``activation_bytes`` is what a pass needs beside the weights; 0: not known.
     """
 
     model: Model

@@ -54,26 +54,14 @@ def run_case(bench: Bench, case: Case, seconds: float) -> Figures:
     """Run a case within so many seconds; contenders that do not get a turn are named."""
     until = time.perf_counter() + seconds
     model = Model(case.shape, case.form, bench.arena, length=bench.tile)
-    pinned = "pinned" if model.is_pinned else "PAGEABLE"
-    bench.clock.say(
-        f"{case.label}: {model.name}, {model.nbytes / 1e9:.2f} GB in {len(model.blocks)} blocks, "
-        f"{pinned}, made in {model.build_seconds:.1f} s"
-    )
+    found = _about(bench, case, model)
     inputs = model.inputs(bench.device.torch)
-    found: Figures = {
-        "model": model.name,
-        "model_bytes": model.nbytes,
-        "format": case.form,
-        "pinned": model.is_pinned,
-        "contenders": {},
-    }
     rows: Figures = found["contenders"]
     reference, rows["resident"] = _reference(bench, model, inputs, until)
     activation_bytes = reference.activation_bytes if reference else 0
-    found["activation_bytes"] = activation_bytes
     usual_bytes = bench.device.allocated_bytes + activation_bytes + bench.margin_bytes
     own_cap = case.cap_bytes or round(usual_bytes + case.room_share * model.nbytes)
-    found["cap_bytes"] = own_cap
+    found |= {"activation_bytes": activation_bytes, "cap_bytes": own_cap}
     for number, entry in enumerate(case.entries):
         left, before = until - time.perf_counter(), bench.device.allocated_bytes
         if left <= 0 or not bench.clock.left:
@@ -88,6 +76,22 @@ def run_case(bench: Bench, case: Case, seconds: float) -> Figures:
             found["stopped"] = f"the device does not compute any more after {entry.name}"
             break
     return found
+
+
+def _about(bench: Bench, case: Case, model: Model) -> Figures:
+    """Say what a case is, and return its figures before anybody ran."""
+    pinned = "pinned" if model.is_pinned else "PAGEABLE"
+    bench.clock.say(
+        f"{case.label}: {model.name}, {model.nbytes / 1e9:.2f} GB in {len(model.blocks)} blocks, "
+        f"{pinned}, made in {model.build_seconds:.1f} s"
+    )
+    return {
+        "model": model.name,
+        "model_bytes": model.nbytes,
+        "format": case.form,
+        "pinned": model.is_pinned,
+        "contenders": {},
+    }
 
 
 def _reference(
@@ -124,9 +128,11 @@ def _try(
     seconds: float,
 ) -> Figures:
     """One contender's row; one that raises is reported, and stops nothing."""
-    needed = reference.activation_bytes if reference else cap_bytes // 4
-    room_bytes = cap_bytes - bench.device.allocated_bytes - needed - bench.margin_bytes
-    job = Job(model=model, device=bench.device, room_bytes=room_bytes, activation_bytes=needed)
+    known = reference.activation_bytes if reference else 0
+    taken = bench.device.allocated_bytes + (known or cap_bytes // 4) + bench.margin_bytes
+    job = Job(
+        model=model, device=bench.device, room_bytes=cap_bytes - taken, activation_bytes=known
+    )
     for number in range(_TRIES):
         full = ""
         try:

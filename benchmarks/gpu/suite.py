@@ -120,7 +120,7 @@ def _measure(bench: Bench, scale: Scale, options: Options, found: Figures) -> No
     sizes = scale.sizes
     if options.only and DISK not in options.only:
         sizes = replace(sizes, file_bytes=0)
-    bench.clock.say("links")
+    bench.clock.say(f"at most {bench.arena.most_bytes / 1e9:.0f} GB of host memory; links")
     found["links"], bench.speeds = measure_links(
         bench.device, bench.arena, options.folder, sizes, bench.clock
     )
