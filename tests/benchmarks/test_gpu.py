@@ -236,3 +236,19 @@ def test_a_time_that_is_up_cuts_cleanly(tmp_path: Path) -> None:
     cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
     assert cases
     assert all("the time was up" in json.dumps(case) for case in cases.values())
+
+
+@pytest.mark.vgpu
+@virtual
+def test_a_model_that_the_host_has_no_memory_for_says_which_option_allows_more(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "results.json"
+    arguments = "--scale", "tiny", "--device", "vgpu:0", "--only", "g3,g2", "--host-gb", "0.004"
+    done = run(*arguments, "--out", str(out), line="1gb")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert "disk" not in results["links"]  # none of the two asks for it
+    assert not [found for found in results["links"].values() if "failed" in found]
+    assert list(results["cases"]) == ["g2", "g3"]
+    assert all("--host-gb allows more" in case["failed"] for case in results["cases"].values())
