@@ -116,7 +116,7 @@ def walk_seconds(handle: Handle, num_walks: int) -> float:
     assert executor is not None, "the handle was not removed"
     began = time.perf_counter()
     for _ in range(num_walks):
-        for block in handle.plan.streamed_order:
+        for block in executor.order:
             executor.release(executor.acquire(block))
     return (time.perf_counter() - began) / num_walks
 

@@ -97,11 +97,22 @@ def test_spans_of_a_lane_do_not_overlap_and_fill_the_step(
 
 
 def test_a_step_is_one_of_those_that_repeat_not_one_that_still_has_a_head_start() -> None:
-    sizes = [8 * MIB] * 4 + [80 * MIB]
+    sizes = [50 * MIB] * 4 + [80 * MIB]
     profile = profile_of(sizes, [0.0, 0.0, 0.0, 0.0, 0.01])
     machine = machine_of({"cpu": 100.0 * MIB})
     plan = streamed(profile, num_slots=4)
-    assert played(profile, plan, machine).step_seconds == pytest.approx(112 / 100, rel=CLOSE)
+    assert played(profile, plan, machine).step_seconds == pytest.approx(280 / 100, rel=CLOSE)
+
+
+def test_small_blocks_share_a_slot_and_so_the_ring_looks_further_ahead() -> None:
+    sizes = [64 * MIB] + [9 * MIB] * 4
+    profile = profile_of(sizes * 3, [0.0, 0.25, 0.25, 0.25, 0.25] * 3)
+    machine = machine_of({"cpu": 100.0 * MIB})
+    shared = streamed(profile, num_slots=3)
+    alone = replace(shared, ring=Ring(num_slots=3, slot_bytes=9 * MIB))  # a slot for each
+    ours, without = (played(profile, plan, machine).step_seconds for plan in (shared, alone))
+    assert ours == pytest.approx(3 * 1.0, rel=CLOSE)  # copies and compute take as long
+    assert without > 1.1 * ours
 
 
 def test_a_ring_that_holds_all_visitors_moves_nothing_after_the_first_step() -> None:

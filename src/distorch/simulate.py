@@ -39,7 +39,7 @@ Overlap = Literal["ring", "one ahead", "none"]
 _MANY_VISITS = 4000  # of blocks; by then steps repeat, but for very few plans
 _FEWEST_STEPS = 4
 _ALIKE = 1e-10  # of a second, or of a block: moments that differ by no more are the same
-_Moment = tuple[frozenset[int | None], tuple[int, ...], tuple[float, ...]]
+_Moment = tuple[frozenset[int], tuple[int, ...], tuple[float, ...]]
 """Which blocks are here; which are under way; what is left of each: latency, part of its bytes."""
 
 
@@ -247,8 +247,9 @@ class _Run:
     def _fresh(self) -> Schedule:
         if self._overlap == "none":
             return Schedule(order=(), num_slots=1)
-        num_slots = self._plan.ring.num_slots if self._overlap == "ring" else 2
-        return Schedule(order=self._plan.streamed_order, num_slots=num_slots)
+        if self._overlap == "one ahead":
+            return Schedule(order=self._plan.streamed_order, num_slots=2)
+        return Schedule.of(self._plan)
 
     def step(self) -> None:
         """Run all blocks once."""
@@ -257,25 +258,25 @@ class _Run:
             self._under_way.clear()
         self._schedule.begin_step()
         for index, visits, seconds in self._visits if self.trace else self._merged:
-            slot = self._acquire(index) if visits else None
+            if visits:
+                self._acquire(index)
             self._pass("compute", index, self.clock + seconds)
-            if slot is not None:
-                self._schedule.release(slot)
+            if visits:
+                self._schedule.release(index)
                 self._dispatch()
         self._schedule.end_step(complete=True)
 
     def moment(self) -> _Moment:
         """Say how things stand."""
         placements = self._plan.placements
-        here = frozenset(slot.block for slot in self._schedule.slots if slot.arrived)
         left: list[float] = []
         for index, each in self._under_way.items():
             left += each.left_seconds, each.left_bytes / max(placements[index].block.nbytes, 1)
-        return here, tuple(self._under_way), tuple(left)
+        return self._schedule.here, tuple(self._under_way), tuple(left)
 
-    def _acquire(self, index: int) -> int:
+    def _acquire(self, index: int) -> None:
         began = self.clock
-        while (slot := self._schedule.acquire(index)) is None:
+        while self._schedule.acquire(index) is None:
             self._dispatch()
             at, arrived = self._transfers.next_arrival()
             self._arrive(at, arrived)
@@ -283,7 +284,6 @@ class _Run:
         if self.clock > began:
             self.waited += self.clock - began
             self._note("wait", index, began, self.clock)
-        return slot
 
     def _pass(self, lane: str, index: int, until: float) -> None:
         """Let time pass; what arrives meanwhile may make room for more."""
@@ -295,13 +295,13 @@ class _Run:
 
     def _arrive(self, at: float, arrived: Transfer) -> None:
         del self._under_way[arrived.block]
-        self._schedule.arrived(arrived.slot)
+        self._schedule.arrived(arrived.block)
         self._note(arrived.tier, arrived.block, arrived.began, at)
 
     def _dispatch(self) -> None:
         while (fetch := self._schedule.next_fetch()) is not None:
             placement = self._plan.placements[fetch.block]
-            transfer = Transfer(placement.tier, fetch.block, fetch.slot, placement.block.nbytes)
+            transfer = Transfer(placement.tier, fetch.block, placement.block.nbytes)
             self._under_way[fetch.block] = transfer
             self._transfers.send(transfer, self.clock)
 

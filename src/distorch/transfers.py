@@ -18,7 +18,6 @@ class Transfer:
 
     tier: str
     block: int
-    slot: int
     left_bytes: float
     left_seconds: float = 0.0
     began: float = 0.0

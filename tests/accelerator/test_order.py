@@ -197,7 +197,7 @@ def test_a_link_to_a_device_that_is_lost_keeps_no_memory() -> None:
         if number == links._NUM_STAGED:
             vgpu.lose(0)
         with nullcontext() if number < links._NUM_STAGED else pytest.raises(RuntimeError):
-            link.bring(store, block, slot, *events)
+            link.bring(store, block, slot, events[:1], events[1])
     assert vgpu.counters().pinned_bytes == links._NUM_STAGED * block.slot_bytes
     link.wait()
     link.close()

@@ -14,6 +14,7 @@ from distorch.machine import Compute, Link, Machine
 from distorch.plan.blocks import Block, Part
 from distorch.plan.cost import Profile, block_seconds, bound, lane_seconds, lanes, steady_bytes
 from distorch.plan.plan import Placement, Plan, Ring
+from distorch.plan.sharing import num_groups
 from tests.cost_strategies import MIB, machine_of, profile_of, profiles
 
 CARD = Compute(device="cuda:0", flops_per_second={"BF16": 1e12}, bytes_per_second=1e9)
@@ -67,7 +68,8 @@ def _streamed(profile: Profile, tiers: list[str], num_slots: int = 2) -> Plan:
         Placement(block=block, tier=tier, kind="streamed")
         for block, tier in zip(profile.blocks, tiers, strict=True)
     )
-    ring = Ring(num_slots=num_slots, slot_bytes=profile.blocks[0].nbytes)
+    slot_bytes = max(block.nbytes for block in profile.blocks)
+    ring = Ring(num_slots=num_slots, slot_bytes=slot_bytes)
     return Plan(compute="cuda:0", allocation="", placements=placements, ring=ring)
 
 
@@ -95,7 +97,7 @@ def test_what_crosses_two_links_counts_on_both() -> None:
 @given(profiles(), st.integers(1, 30))
 def test_a_ring_with_room_for_all_moves_nothing(profile: Profile, num_slots: int) -> None:
     plan = _streamed(profile, ["cpu"] * len(profile.blocks), num_slots)
-    if num_slots >= len(profile.blocks):
+    if num_slots >= num_groups(plan.streamed_order, plan.slot_bytes, plan.ring.slot_bytes):
         assert steady_bytes(plan) == {}
     else:
         assert steady_bytes(plan) == {"cpu": profile.model_bytes}

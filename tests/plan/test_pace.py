@@ -70,8 +70,9 @@ def test_on_links_of_their_own_it_says_what_the_simulator_plays(case: Case, late
     profile, tiers, num_slots, ways = case
     machine = machine_of(ways, latency_seconds=latency)
     seconds = block_seconds(profile, machine.compute("cuda:0"))
-    found = Pace(profile.blocks, seconds, machine, "cuda:0", ways).of(tiers, num_slots)
-    exact = played(profile, placed(profile, tiers, num_slots), machine)
+    plan = placed(profile, tiers, num_slots)
+    found = Pace(profile.blocks, seconds, machine, "cuda:0", ways).of(tiers, plan.ring)
+    exact = played(profile, plan, machine)
     assert found <= exact * (1 + CLOSE) + INSTANT
     late = max(sum(seconds), *busy(profile, tiers, ways, latency), 0.0)  # of steps that repeat late
     assert any(found == pytest.approx(each, rel=CLOSE, abs=INSTANT) for each in (exact, late))
@@ -84,8 +85,9 @@ def test_it_is_never_above_the_simulator_where_a_bus_is_shared(case: Case) -> No
     machine = machine_of(ways, bus="pcie")
     seconds = block_seconds(profile, machine.compute("cuda:0"))
     pace = Pace(profile.blocks, seconds, machine, "cuda:0", ways)
-    exact = played(profile, placed(profile, tiers, num_slots), machine)
-    for least in (pace.of(tiers, num_slots), pace.at_best(tiers, num_slots)):
+    plan = placed(profile, tiers, num_slots)
+    exact = played(profile, plan, machine)
+    for least in (pace.of(tiers, plan.ring), pace.at_best(tiers, plan.ring)):
         assert least <= exact * (1 + 1e-6) + INSTANT
 
 

@@ -81,9 +81,10 @@ def test_a_leased_slot_is_never_written() -> None:
         store.before_read = check
         for _ in range(300):
             lease = executor.acquire(rng.randrange(6))
-            leased.add(lease.memory.data_ptr())
-            assert lease.memory.data_ptr() % 64 == 0
-            leased.discard(lease.memory.data_ptr())
+            address = lease.part(0).data_ptr()
+            leased.add(address)
+            assert address % 64 == 0
+            leased.discard(address)
             executor.release(lease)
     assert not wrong
 
@@ -96,7 +97,7 @@ def test_all_slots_leased_is_an_error_and_no_wait(num_slots: int) -> None:
             executor.acquire(num_slots)
         assert caught.value.hint
         again = executor.acquire(0)  # what is here is served still
-        assert again.slot == leases[0].slot
+        assert again.where == leases[0].where
         executor.release(again)
         executor.release(leases[-1])
         executor.release(executor.acquire(num_slots))
@@ -145,7 +146,7 @@ def test_a_resident_block_is_served_where_it_rests() -> None:
     stores, _ = stores_of("host", plan, data, Path())
     with running(plan, stores) as executor:
         one, two = executor.acquire(1), executor.acquire(1)
-        assert one.slot is None
+        assert one.place is None
         assert one.memory.data_ptr() == two.memory.data_ptr()
         assert is_right(one, blocks[1], data)
         executor.release(one)

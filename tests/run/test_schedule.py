@@ -17,78 +17,115 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from distorch.run.schedule import Fetch, Schedule
+from distorch.plan.sharing import num_groups, seats
+from distorch.run.schedule import Fetch, Place, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 NUM_BLOCKS = 8
 BLOCKS = st.integers(0, NUM_BLOCKS - 1)
 ORDERS = st.lists(BLOCKS, max_size=12)
 DISTINCT = st.lists(BLOCKS, min_size=1, unique=True)
+SLOT_BYTES = 4
+SIZES: st.SearchStrategy[dict[int, int]] = st.one_of(
+    st.just({}), st.dictionaries(BLOCKS, st.integers(1, SLOT_BYTES), min_size=NUM_BLOCKS)
+)
 
 
 class _Readers:
-    """Runs a schedule as the executor does, and objects to whatever must not happen."""
+    """Runs a schedule as the executor does, and objects to whatever must not happen.
 
-    def __init__(self, order: Sequence[int], num_slots: int) -> None:
-        self.schedule = Schedule(order=order, num_slots=num_slots)
+    Blocks without a size take a slot of one byte.
+    """
+
+    def __init__(
+        self,
+        order: Sequence[int],
+        num_slots: int,
+        sizes: Mapping[int, int] | None = None,
+        slot_bytes: int = 1,
+    ) -> None:
+        self.schedule = Schedule(
+            order=order, num_slots=num_slots, sizes=sizes, slot_bytes=slot_bytes
+        )
         self.num_slots = num_slots
-        self.held: dict[int, int] = {}  # slot -> block, arrived
-        self.loading: dict[int, int] = {}
-        self.leases: list[tuple[int, int]] = []  # (slot, block)
+        self.slot_bytes = slot_bytes
+        self.sizes = sizes or {}
+        self.held: dict[int, Place] = {}  # block -> where, arrived
+        self.loading: dict[int, Place] = {}
+        self.leases: list[int] = []
         self.num_fetches: Counter[int] = Counter()
 
     @property
     def leased_slots(self) -> set[int]:
-        return {slot for slot, _ in self.leases}
+        return {self.held[block].slot for block in self.leases}
+
+    def bytes_of(self, block: int, place: Place) -> range:
+        return range(place.begin, place.begin + self.sizes.get(block, self.slot_bytes))
 
     def fetch(self) -> Fetch | None:
         fetch = self.schedule.next_fetch()
         if fetch is not None:
-            assert fetch.slot not in self.loading, "a slot is written twice at once"
-            assert fetch.slot not in self.leased_slots, "a leased slot is written"
-            here = {*self.held.values(), *self.loading.values()}
+            here = self.held | self.loading
             assert fetch.block not in here, "what is here or on its way is fetched again"
-            self.held.pop(fetch.slot, None)
-            self.loading[fetch.slot] = fetch.block
+            written = self.bytes_of(fetch.block, fetch.place)
+            slot = fetch.place.slot
+            assert slot * self.slot_bytes <= written.start
+            assert written.stop <= (slot + 1) * self.slot_bytes, "a block lies in one slot"
+            beside = [block for block, place in here.items() if place.slot == slot]
+            if fetch.renews:
+                assert not {*beside} & {*self.loading, *self.leases}, "what is used is given up"
+                for block in beside:
+                    del self.held[block]
+            else:
+                for block in beside:
+                    there = self.bytes_of(block, here[block])
+                    assert written.stop <= there.start or there.stop <= written.start, "overlap"
+            self.loading[fetch.block] = fetch.place
             self.num_fetches[fetch.block] += 1
         return fetch
 
-    def arrive(self, slot: int) -> None:
-        self.held[slot] = self.loading.pop(slot)
-        self.schedule.arrived(slot)
+    def arrive(self, block: int) -> None:
+        self.held[block] = self.loading.pop(block)
+        self.schedule.arrived(block)
 
-    def fail(self, slot: int) -> None:
-        del self.loading[slot]
-        self.schedule.failed(slot)
+    def fail(self, block: int) -> None:
+        del self.loading[block]
+        self.schedule.failed(block)
 
-    def ask(self, block: int) -> int | None:
-        slot = self.schedule.acquire(block)
-        if slot is not None:
-            assert self.held.get(slot) == block, "a lease of a slot that holds something else"
-            self.leases.append((slot, block))
-        return slot
+    def ask(self, block: int) -> Place | None:
+        place = self.schedule.acquire(block)
+        if place is not None:
+            assert self.held.get(block) == place, "a lease of a place that holds something else"
+            self.leases.append(block)
+        return place
 
     def release(self, index: int) -> None:
-        slot, _ = self.leases.pop(index)
-        self.schedule.release(slot)
+        self.schedule.release(self.leases.pop(index))
+
+    def end_step(self, *, complete: bool) -> None:
+        self.schedule.end_step(complete=complete)
+        gone = set(self.held) - self.schedule.here
+        assert not gone & set(self.leases), "what is used is given up"
+        for block in gone:
+            del self.held[block]
 
     def drain(self) -> None:
         """Let the readers work until they have nothing to do."""
         for _ in range(10 * NUM_BLOCKS):
             if self.fetch() is None and not self.loading:
                 return
-            for slot in list(self.loading):
-                self.arrive(slot)
+            for block in list(self.loading):
+                self.arrive(block)
         raise AssertionError("the readers never rest")
 
-    def serve(self, block: int, fetches_between: int = 1) -> int | None:
+    def serve(self, block: int, fetches_between: int = 1) -> Place | None:
         """Acquire as the executor does: ask, wait, ask again; None when every slot is leased."""
         for _ in range(10 * NUM_BLOCKS):
-            slot = self.ask(block)
-            if slot is not None:
-                return slot
+            place = self.ask(block)
+            if place is not None:
+                return place
             if self.schedule.is_stuck:
                 return None
             for _ in range(fetches_between):
@@ -98,10 +135,19 @@ class _Readers:
         raise AssertionError("an acquire was never served")
 
     def upcoming(self, visits: Sequence[int]) -> set[int]:
-        """The next distinct blocks that no lease holds, as many as there are slots for them."""
-        room = self.num_slots - len(self.leased_slots)
-        leased = {block for _, block in self.leases}
-        return set([block for block in dict.fromkeys(visits) if block not in leased][:room])
+        """The next distinct blocks that no lease holds, as many as there are slots for them.
+
+        Those that share a slot count as one, and with one that is leased as none.
+        """
+        seated = seats(self.schedule.order, self.sizes, self.slot_bytes)
+        groups = {seated[block].group for block in self.leases}
+        found = set()
+        for block in visits:
+            groups.add(seated[block].group)
+            if len(groups) > self.num_slots:
+                break
+            found.add(block)
+        return found - set(self.leases)
 
 
 class ScheduleMachine(RuleBasedStateMachine):
@@ -109,9 +155,9 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     readers: _Readers
 
-    @initialize(order=ORDERS, num_slots=st.integers(1, 5))
-    def begin(self, order: list[int], num_slots: int) -> None:
-        self.readers = _Readers(order, num_slots)
+    @initialize(order=ORDERS, num_slots=st.integers(1, 5), sizes=SIZES)
+    def begin(self, order: list[int], num_slots: int, sizes: dict[int, int]) -> None:
+        self.readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
 
     @rule()
     def a_reader_asks_for_work(self) -> None:
@@ -133,10 +179,15 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     @rule(block=BLOCKS, fetches_between=st.integers(1, 3))
     def compute_waits_for_a_block(self, block: int, fetches_between: int) -> None:
-        all_leased = len(self.readers.leased_slots) == self.readers.num_slots
-        here = block in self.readers.held.values()
+        leased = self.readers.leased_slots
+        all_leased = len(leased) == self.readers.num_slots
+        here = block in self.readers.held or block in self.readers.loading
         served = self.readers.serve(block, fetches_between)
-        assert (served is None) == (all_leased and not here)
+        if served is None:
+            assert all_leased
+            assert not here
+        elif all_leased:  # then it was here, or has a place beside a leased one
+            assert served.slot in leased
 
     @precondition(lambda self: self.readers.leases)
     @rule(data=st.data())
@@ -149,7 +200,7 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     @rule(complete=st.booleans())
     def a_step_ends(self, complete: bool) -> None:  # noqa: FBT001  hypothesis passes it by name
-        self.readers.schedule.end_step(complete=complete)
+        self.readers.end_step(complete=complete)
 
     @rule()
     def the_readers_rest_when_there_is_nothing_to_do(self) -> None:
@@ -160,12 +211,11 @@ class ScheduleMachine(RuleBasedStateMachine):
     def the_schedule_knows_what_is_where(self) -> None:
         if not hasattr(self, "readers"):
             return
-        for index, slot in enumerate(self.readers.schedule.slots):
-            expected = self.readers.held.get(index, self.readers.loading.get(index))
-            assert slot.block == expected
-            assert slot.num_leases == [slot for slot, _ in self.readers.leases].count(index)
-        full = len(self.readers.leased_slots) == self.readers.num_slots
-        assert self.readers.schedule.is_stuck == full
+        schedule = self.readers.schedule
+        assert schedule.here == set(self.readers.held)
+        if schedule.is_stuck:
+            assert len(self.readers.leased_slots) == self.readers.num_slots
+            assert schedule.urgent not in self.readers.held
 
 
 def test_no_interleaving_breaks_the_ring() -> None:
@@ -174,11 +224,11 @@ def test_no_interleaving_breaks_the_ring() -> None:
     )
 
 
-@given(DISTINCT, st.integers(2, 6), st.data())
+@given(DISTINCT, st.integers(2, 6), SIZES, st.data())
 def test_a_steady_pass_fetches_each_block_once_between_two_visits(
-    order: list[int], num_slots: int, data: st.DataObject
+    order: list[int], num_slots: int, sizes: dict[int, int], data: st.DataObject
 ) -> None:
-    readers = _Readers(order, num_slots)
+    readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
     before: Counter[int] = Counter()
     for _ in range(3):
         readers.schedule.begin_step()
@@ -191,14 +241,14 @@ def test_a_steady_pass_fetches_each_block_once_between_two_visits(
                 if data.draw(st.booleans()) and readers.loading:
                     readers.arrive(data.draw(st.sampled_from(sorted(readers.loading))))
             readers.release(0)
-        readers.schedule.end_step(complete=True)
+        readers.end_step(complete=True)
 
 
-@given(ORDERS.filter(bool), st.integers(2, 5))
+@given(ORDERS.filter(bool), st.integers(2, 5), SIZES)
 def test_with_readers_in_time_no_visit_waits_however_blocks_repeat(
-    order: list[int], num_slots: int
+    order: list[int], num_slots: int, sizes: dict[int, int]
 ) -> None:
-    readers = _Readers(order, num_slots)
+    readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
     for _ in range(2):
         for block in order:
             readers.drain()
@@ -206,12 +256,13 @@ def test_with_readers_in_time_no_visit_waits_however_blocks_repeat(
             readers.release(0)
 
 
-@given(ORDERS, st.integers(0, 4), st.data())
+@given(ORDERS, st.integers(0, 4), SIZES, st.data())
 def test_what_fits_in_the_ring_is_fetched_once(
-    order: list[int], spare: int, data: st.DataObject
+    order: list[int], spare: int, sizes: dict[int, int], data: st.DataObject
 ) -> None:
     distinct = sorted(set(order))
-    readers = _Readers(order, max(1, len(distinct) + spare))
+    num_slots = max(1, num_groups(order, sizes, SLOT_BYTES) + spare)
+    readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
     for block in data.draw(st.lists(st.sampled_from(distinct), max_size=20)) if distinct else []:
         readers.serve(block, data.draw(st.integers(1, 3)))
         readers.fetch()
@@ -220,55 +271,56 @@ def test_what_fits_in_the_ring_is_fetched_once(
     assert all(count == 1 for count in readers.num_fetches.values())
 
 
-@given(DISTINCT, st.integers(1, 6))
+@given(DISTINCT, st.integers(1, 6), SIZES)
 def test_the_end_of_a_step_brings_the_first_blocks_of_the_next(
-    order: list[int], num_slots: int
+    order: list[int], num_slots: int, sizes: dict[int, int]
 ) -> None:
-    readers = _Readers(order[::-1], num_slots)  # the plan guessed another order
-    for _ in range(2):
+    readers = _Readers(order[::-1], num_slots, sizes, SLOT_BYTES)  # the plan guessed another order
+    for _ in range(6):
         readers.schedule.begin_step()
         for block in order:
             readers.serve(block)
             readers.release(0)
-        readers.schedule.end_step(complete=True)
+        readers.end_step(complete=True)
         readers.drain()
-        assert set(readers.held.values()) >= set(order[:num_slots])
+        assert set(readers.held) >= set(order[:num_slots])
+    assert set(readers.held) >= readers.upcoming(order)
     assert readers.schedule.order == tuple(order)
 
 
-@given(DISTINCT, st.integers(1, 6), st.data())
+@given(DISTINCT, st.integers(1, 6), SIZES, st.data())
 def test_after_any_visit_the_next_ones_are_on_their_way(
-    order: list[int], num_slots: int, data: st.DataObject
+    order: list[int], num_slots: int, sizes: dict[int, int], data: st.DataObject
 ) -> None:
-    readers = _Readers(order, num_slots)
+    readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
     for block in data.draw(st.lists(st.sampled_from(order), min_size=1, max_size=8)):
         readers.serve(block)
         readers.release(0)
         readers.drain()
         place = order.index(block) + 1
         upcoming = order[place:] + order[:place]
-        assert set(readers.held.values()) >= readers.upcoming(upcoming)
+        assert set(readers.held) >= readers.upcoming(upcoming)
 
 
-@given(ORDERS.filter(bool), st.integers(2, 5))
+@given(ORDERS.filter(bool), st.integers(2, 5), SIZES)
 def test_no_slot_stands_empty_while_another_block_is_wanted(
-    order: list[int], num_slots: int
+    order: list[int], num_slots: int, sizes: dict[int, int]
 ) -> None:
-    readers = _Readers(order, num_slots)
+    readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
     for place, block in enumerate(order, start=1):
         readers.serve(block)
         readers.drain()
         upcoming = order[place:] + order[:place]
-        assert set(readers.held.values()) >= readers.upcoming(upcoming)
+        assert set(readers.held) >= readers.upcoming(upcoming)
         readers.release(0)
 
 
-@given(DISTINCT, st.integers(2, 6), st.data())
+@given(DISTINCT, st.integers(2, 6), SIZES, st.data())
 def test_a_skipped_block_costs_nothing_but_its_own_fetch(
-    order: list[int], num_slots: int, data: st.DataObject
+    order: list[int], num_slots: int, sizes: dict[int, int], data: st.DataObject
 ) -> None:
     skipped = data.draw(st.sampled_from(order))
-    readers = _Readers(order, num_slots)
+    readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
     for block in order:
         if block != skipped:
             readers.serve(block)
@@ -285,10 +337,10 @@ def test_an_incomplete_step_teaches_nothing_and_starts_over(
     for block in data.draw(st.lists(st.sampled_from(order))):
         readers.serve(block)
         readers.release(0)
-    readers.schedule.end_step(complete=False)
+    readers.end_step(complete=False)
     readers.drain()
     assert readers.schedule.order == tuple(order)
-    assert set(readers.held.values()) >= set(order[:2])
+    assert set(readers.held) >= set(order[:2])
 
 
 def test_a_block_of_no_order_is_served_and_the_prefetch_goes_on() -> None:
@@ -297,16 +349,15 @@ def test_a_block_of_no_order_is_served_and_the_prefetch_goes_on() -> None:
     assert readers.serve(7) is not None
     readers.release(0)
     readers.drain()
-    assert set(readers.held.values()) == {0, 1}
+    assert set(readers.held) == {0, 1}
 
 
 def test_a_lease_cannot_be_given_back_twice() -> None:
     readers = _Readers([0], 1)
-    slot = readers.serve(0)
-    assert slot is not None
-    readers.schedule.release(slot)
+    assert readers.serve(0) is not None
+    readers.schedule.release(0)
     with pytest.raises(AssertionError):
-        readers.schedule.release(slot)
+        readers.schedule.release(0)
 
 
 def test_a_wanted_block_stays_while_another_slot_is_still_on_its_way() -> None:
@@ -316,9 +367,9 @@ def test_a_wanted_block_stays_while_another_slot_is_still_on_its_way() -> None:
     assert readers.ask(3) is None  # compute jumps ahead, and the slot of block 1 is slow
     readers.arrive(0)
     readers.fetch()
-    readers.arrive(0)
-    assert readers.ask(3) == 0
+    readers.arrive(3)
+    assert readers.ask(3) == Place(0, 0)
     readers.release(0)
-    assert readers.fetch() == Fetch(4, 0)
-    readers.arrive(0)
+    assert readers.fetch() == Fetch(4, Place(0, 0))
+    readers.arrive(4)
     assert readers.fetch() is None  # not block 5 in place of block 4, which comes before it

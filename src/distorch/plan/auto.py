@@ -110,7 +110,7 @@ class _Search:
         moved = [self.blocks[i] for i in sizes if not self.blocks[i].looked_up]
         ring = replace(usual_ring(moved), num_slots=min(most_slots, len(moved)))
         self.best.spend(len(moved) * _PACE_VISITS)
-        return _Choice(ring, sizes, self.pace.at_best(sizes, ring.num_slots))
+        return _Choice(ring, sizes, self.pace.at_best(sizes, ring))
 
     def deal(self, choice: _Choice, ways: Iterable[Mapping[str, int]]) -> None:
         """Judge ways to share the blocks among donors."""
@@ -123,7 +123,7 @@ class _Search:
                 continue
             done.add(dealt)
             self.best.spend(len(tiers) * _PACE_VISITS)
-            if self.best.may_lose_to(self.pace.of(tiers, choice.ring.num_slots)):
+            if self.best.may_lose_to(self.pace.of(tiers, choice.ring)):
                 self.best.offer(assemble(self.blocks, "auto", self.device, tiers, choice.ring))
             if self.best.is_final:
                 return

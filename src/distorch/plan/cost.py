@@ -19,6 +19,7 @@ from distorch.formats.dtypes import DTYPES
 from distorch.machine import Compute, Link, Machine
 from distorch.plan.blocks import Block, Part
 from distorch.plan.plan import Plan, read_block
+from distorch.plan.sharing import num_groups
 
 __all__ = [
     "Profile",
@@ -123,10 +124,10 @@ def _unpacked_bytes(part: Part, compute_dtype: str) -> int:
 def steady_bytes(plan: Plan) -> dict[str, int]:
     """Return the bytes that leave each donor in a step after the first.
 
-    A ring with a slot for every visitor keeps them all: then nothing moves any more.
+    A ring with room for every visitor keeps them all: then nothing moves any more.
     """
     order = plan.streamed_order
-    if len(order) <= plan.ring.num_slots:
+    if num_groups(order, plan.slot_bytes, plan.ring.slot_bytes) <= plan.ring.num_slots:
         return {}
     totals: Counter[str] = Counter()
     for index in order:

@@ -133,6 +133,11 @@ class Plan:
             if placement.kind == "streamed" and not placement.block.looked_up
         )
 
+    @property
+    def slot_bytes(self) -> dict[int, int]:
+        """The bytes that each block of `streamed_order` takes in a slot."""
+        return {index: self.placements[index].block.slot_bytes for index in self.streamed_order}
+
     def table(self) -> list[tuple[str, str]]:
         """Return what a person wants to know, as rows of a name and a value."""
         rows = [("allocation", self.allocation), ("model", gib(self.model_bytes))]

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from distorch.errors import AllocationError
-from distorch.plan.blocks import Block
+from distorch.plan.blocks import SECTOR_BYTES, Block
 from distorch.plan.plan import Ring, gib
+from distorch.plan.sharing import num_groups
 
 __all__ = ["least_ring", "rings", "roomy_ring", "usual_ring"]
 
@@ -16,6 +17,7 @@ _SMALL_BYTES = 16 << 20
 _SLOTS_IF_SMALL = 4
 _SLOTS_IF_LARGE = 3  # one in use, one ready, one on its way
 _FEWEST_SLOTS = 2
+_MORE = 64  # a slot is larger than the largest block by one part in so many
 _SLOTS_TRIED = (8, 16, 2, 3, 4)
 _ROOMY_BYTES, _ROOMY_PART = 1 << 30, 8
 
@@ -29,8 +31,9 @@ def rings(visitors: Sequence[Block], ring_bytes: int | None, *, several: bool) -
     yield usual
     if several and visitors and ring_bytes is None:
         more = _held_at_once(visitors)
+        most = max(_num_groups(visitors, usual.slot_bytes), _FEWEST_SLOTS)
         for num_slots in _SLOTS_TRIED:
-            ring = replace(usual, num_slots=min(num_slots + more, max(len(visitors), 2)))
+            ring = replace(usual, num_slots=min(num_slots + more, most))
             if ring != usual:
                 yield ring
 
@@ -54,12 +57,14 @@ def usual_ring(visitors: Sequence[Block], ring_bytes: int | None = None) -> Ring
     if not visitors:
         return Ring()
     largest = max(visitors, key=lambda block: block.nbytes)
-    slot_bytes = largest.slot_bytes
-    fewest = least_ring(visitors).num_slots
+    least = least_ring(visitors)
+    fewest, slot_bytes = least.num_slots, _roomy(least.slot_bytes)
     if ring_bytes is None:
         wanted = _SLOTS_IF_SMALL if largest.nbytes <= _SMALL_BYTES else _SLOTS_IF_LARGE
         num_slots = wanted + _held_at_once(visitors)
     else:
+        if ring_bytes < fewest * slot_bytes:
+            slot_bytes = least.slot_bytes
         num_slots = ring_bytes // slot_bytes
         if num_slots < fewest:
             raise AllocationError(
@@ -67,7 +72,8 @@ def usual_ring(visitors: Sequence[Block], ring_bytes: int | None = None) -> Ring
                 f"for the largest block ({largest.name})",
                 hint=f'ring="{fewest * slot_bytes}b", or more weights at rest',
             )
-    return Ring(num_slots=min(num_slots, max(len(visitors), fewest)), slot_bytes=slot_bytes)
+    most = max(_num_groups(visitors, slot_bytes), fewest)
+    return Ring(num_slots=min(num_slots, most), slot_bytes=slot_bytes)
 
 
 def least_ring(visitors: Sequence[Block]) -> Ring:
@@ -76,6 +82,16 @@ def least_ring(visitors: Sequence[Block]) -> Ring:
         return Ring()
     slot_bytes = max(block.slot_bytes for block in visitors)
     return Ring(num_slots=_FEWEST_SLOTS + _held_at_once(visitors), slot_bytes=slot_bytes)
+
+
+def _roomy(slot_bytes: int) -> int:
+    """A little more: four blocks of a quarter of the largest, and their norms, share a slot."""
+    return slot_bytes + slot_bytes // _MORE // SECTOR_BYTES * SECTOR_BYTES
+
+
+def _num_groups(visitors: Sequence[Block], slot_bytes: int) -> int:
+    sizes = {number: block.slot_bytes for number, block in enumerate(visitors)}
+    return num_groups(range(len(visitors)), sizes, slot_bytes)
 
 
 def _held_at_once(visitors: Sequence[Block]) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distorch.plan.plan import Placement, Plan
 from distorch.run.readers import Readers
+from distorch.run.schedule import Place
 from distorch.run.slots import open_slots
 from distorch.run.stats import Stats
 from distorch.tiers import Lying, Store
@@ -32,15 +33,16 @@ __all__ = ["Executor", "Lease"]
 class Lease:
     """The right to use a block's bytes until it is released.
 
-    ``offsets`` say where its parts are in ``memory``. ``slot`` is None for a block that visits no
-    slot. ``lying`` has its parts where they lie, if
-    they are used there rather than in ``memory``; leases with equal ``where`` have the same bytes.
+    ``offsets`` say where its parts are in ``memory``, from ``place`` on: None for a block that
+    visits no slot. ``lying`` has its parts where they lie, if they are used there rather than in
+    ``memory``; leases with equal ``where`` have the same bytes.
     """
 
     placement: Placement
     memory: Tensor
     offsets: Sequence[int]
-    slot: int | None = None
+    block: int = -1
+    place: Place | None = None
     lying: Lying = ()
 
     @property
@@ -48,13 +50,15 @@ class Lease:
         """What tells apart the places that this block's bytes can be in; None: somewhere new."""
         if self.lying:
             return -1
-        return -2 if self.placement.kind == "resident" else self.slot
+        if self.placement.kind == "resident":
+            return -2
+        return None if self.place is None else self.place.begin
 
     def part(self, index: int) -> Tensor:
         """Return one part's bytes, flat uint8, not a copy."""
         if self.lying:
             return torch.frombuffer(self.lying[index], dtype=torch.uint8)
-        offset = self.offsets[index]
+        offset = self.offsets[index] + (0 if self.place is None else self.place.begin)
         return self.memory[offset : offset + self.placement.block.parts[index].nbytes]
 
 
@@ -102,6 +106,11 @@ class Executor:
         return self._slots.memory
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """The blocks that a step brings, as the last one did or, before the first, as planned."""
+        return self._readers.order
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights that the compute device holds: at rest, and the ring. It never grows."""
         return self._resident.nbytes + self.ring.numel()
@@ -121,28 +130,28 @@ class Executor:
         if placement.block.looked_up:
             return self._read_once(block)
         self._slots.approach()
-        slot, lies_ready = self._readers.take(block)
+        place, lies_ready = self._readers.take(block)
         # A graph that saved this slot's earlier contents must not run backward on other bytes.
         torch.autograd.graph.increment_version(self.ring)
         try:
-            self._slots.enter(slot)
+            self._slots.enter(place)
             store = self._stores[placement.tier]
             offsets = store.offsets(placement.block)
             lying = store.view(placement.block) if lies_ready else ()
         except BaseException as error:
-            self._readers.give_back(slot)
+            self._readers.give_back(block)
             raise self._readers.failure(block, error) from error
-        return Lease(placement, self._slots.slot(slot), offsets, slot, lying)
+        return Lease(placement, self.ring, offsets, block, place, lying)
 
     def release(self, lease: Lease) -> None:
         """Give a lease back: its slot may be written again."""
         if lease.lying:
             self._stores[lease.placement.tier].forget(lease.placement.block)
-        if lease.slot is not None:
+        if lease.place is not None:
             try:
-                self._slots.leave(lease.slot)
+                self._slots.leave(lease.place)
             finally:  # the device may be gone
-                self._readers.give_back(lease.slot)
+                self._readers.give_back(lease.block)
 
     def read(self, block: int) -> Lease:
         """Bring a block into host memory of its own, past the ring and the device that computes.

@@ -15,7 +15,7 @@ from dataclasses import replace
 from distorch.errors import DistorchError, ExecutorError
 from distorch.plan.blocks import Block
 from distorch.plan.plan import Plan
-from distorch.run.schedule import Fetch, Schedule
+from distorch.run.schedule import Fetch, Place, Schedule
 from distorch.run.slots import Slots
 from distorch.run.stats import Stats
 from distorch.tiers import Store
@@ -39,8 +39,8 @@ class Readers:
         self._stores = stores
         self._to_close = () if keep_stores else tuple(stores.values())
         self._slots = slots
-        self._schedule = Schedule(order=plan.streamed_order, num_slots=plan.ring.num_slots)
-        self._lies = [False] * plan.ring.num_slots
+        self._schedule = Schedule.of(plan)
+        self._lying: set[int] = set()  # blocks that are used where they lie, not in their place
         self._fetches: dict[str, deque[Fetch]] = {}
         self._errors: dict[int, BaseException] = {}
         self._threads: list[threading.Thread] = []
@@ -52,6 +52,11 @@ class Readers:
         lock = threading.RLock()  # a collection inside it may close this very object
         self._arrived = threading.Condition(lock)
         self._work = threading.Condition(lock)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The visits of one step, as last seen."""
+        return self._schedule.order
 
     def stats(self) -> Stats:
         """Return the counters so far."""
@@ -66,8 +71,8 @@ class Readers:
             stats.transfer_seconds = max(stats.transfer_seconds, times.transfer_seconds)
         return stats
 
-    def take(self, block: int) -> tuple[int, bool]:
-        """Wait for a block and lease it: its slot, and whether it lies ready instead of in it.
+    def take(self, block: int) -> tuple[Place, bool]:
+        """Wait for a block and lease it: its place, and whether it lies ready instead of there.
 
         Raises:
             ExecutorError: it cannot be read, all slots are held, or `close` was called.
@@ -75,16 +80,16 @@ class Readers:
         with self._arrived:
             self.check_open()
             self._errors.pop(block, None)  # a prefetch that failed is tried again now
-            slot = self._schedule.acquire(block)
-            if slot is None:
-                slot = self._wait_for(block)
+            place = self._schedule.acquire(block)
+            if place is None:
+                place = self._wait_for(block)
             self._stats.num_visits += 1
-            return slot, self._lies[slot]
+            return place, block in self._lying
 
-    def give_back(self, slot: int) -> None:
+    def give_back(self, block: int) -> None:
         """End a lease; what the freed slot lets come begins to come."""
         with self._arrived:
-            self._schedule.release(slot)
+            self._schedule.release(block)
             self._dispatch()
 
     def begin_step(self) -> None:
@@ -133,7 +138,7 @@ class Readers:
         for store in self._to_close:
             store.close()
 
-    def _wait_for(self, block: int) -> int:
+    def _wait_for(self, block: int) -> Place:
         """Sleep until the block has arrived (the lock is held)."""
         began = time.perf_counter()
         while True:
@@ -142,14 +147,14 @@ class Readers:
             if error is not None:
                 raise self.failure(block, error) from error
             self._dispatch()
-            slot = self._schedule.acquire(block)
-            if slot is not None:
+            place = self._schedule.acquire(block)
+            if place is not None:
                 self._stats.waited_seconds += time.perf_counter() - began
-                return slot
+                return place
             if self._schedule.is_stuck:
                 raise ExecutorError(
-                    f"all {len(self._lies)} slots of the ring are held at once, and another "
-                    "block is needed",
+                    f"all {self._plan.ring.num_slots} slots of the ring are held at once, and "
+                    "another block is needed",
                     hint="a larger ring, or more weights at rest",
                 )
             if block not in self._errors:
@@ -171,21 +176,24 @@ class Readers:
         while not self._closed and (fetch := self._schedule.next_fetch()) is not None:
             placement = self._plan.placements[fetch.block]
             store = self._stores[placement.tier]
-            self._lies[fetch.slot] = self._slots.lies_ready(store, placement.block)
-            if self._lies[fetch.slot]:
-                self._schedule.arrived(fetch.slot)
+            if fetch.renews:
+                self._slots.renew(fetch.place.slot)
+            self._lying.discard(fetch.block)
+            if self._slots.lies_ready(store, placement.block):
+                self._lying.add(fetch.block)
+                self._schedule.arrived(fetch.block)
                 self._stats.cached_bytes += placement.block.nbytes
             elif self._send(fetch, store, placement.block):
-                self._schedule.arrived(fetch.slot)
+                self._schedule.arrived(fetch.block)
                 self._stats.streamed_bytes += placement.block.nbytes
 
     def _send(self, fetch: Fetch, store: Store, block: Block) -> bool:
         """Let a device bring a block, or a reader; whether it is as good as there (lock held)."""
         try:
-            if self._slots.send(store, block, fetch.slot):
+            if self._slots.send(store, block, fetch.place):
                 return True
         except Exception as error:  # noqa: BLE001  it is raised where the block is needed
-            self._schedule.failed(fetch.slot)
+            self._schedule.failed(fetch.block)
             self._errors[fetch.block] = error
             return False
         queue = self._queue_of(store)
@@ -214,7 +222,7 @@ class Readers:
             placement = self._plan.placements[fetch.block]
             error: BaseException | None = None
             try:
-                self._slots.fill(store, placement.block, fetch.slot)
+                self._slots.fill(store, placement.block, fetch.place)
             except BaseException as caught:  # noqa: BLE001  it is raised where the block is needed
                 error = caught
             self._done(fetch, placement.block.nbytes, error)
@@ -238,10 +246,10 @@ class Readers:
             if self._num_reading == 0:
                 self._stats.transfer_seconds += time.perf_counter() - self._reading_since
             if error is None:
-                self._schedule.arrived(fetch.slot)
+                self._schedule.arrived(fetch.block)
                 self._stats.streamed_bytes += nbytes
             else:
-                self._schedule.failed(fetch.slot)
+                self._schedule.failed(fetch.block)
                 self._errors[fetch.block] = error
             self._dispatch()
             self._arrived.notify_all()

@@ -1,16 +1,16 @@
 """The slots of the ring, on the host or on an accelerator: how they are filled, used and reused.
 
-On the host a reader's thread fills a slot, and that is all. On an accelerator the thread that
-computes runs ahead of the device: a slot is "filled" when its copy was queued, and "left" when
-the compute that reads it was. Two events for each slot keep the device in order: a copy waits for
-the last reader of the slot, and compute for the copy.
+On the host a reader's thread fills a place in a slot, and that is all. On an accelerator the
+thread that computes runs ahead of the device: a place is "filled" when its copy was queued, and
+"left" when the compute that reads it was. Events keep the device in order: a copy waits for all
+that its slot has held before to have come and to have been read, and compute for the copy.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from distorch.errors import ExecutorError
 from distorch.plan.blocks import Block
 from distorch.plan.plan import Ring
+from distorch.run.schedule import Place
 from distorch.tiers import Store
 from distorch.tiers.accelerator import reserve
 from distorch.tiers.links import Link, open_link
@@ -39,31 +40,31 @@ class Times:
 
 
 class Slots(Protocol):
-    """Memory that streamed blocks visit, in equal slots."""
+    """Memory that streamed blocks visit, in equal slots; small ones share a slot."""
 
     memory: Tensor
     """All of it, flat."""
 
-    def slot(self, index: int) -> Tensor:
-        """One slot."""
+    def renew(self, slot: int) -> None:
+        """Say that nobody needs what a slot has held, and other blocks will come."""
 
     def lies_ready(self, store: Store, block: Block) -> bool:
         """Whether the block can be used where it rests, without a copy."""
 
-    def send(self, store: Store, block: Block, index: int) -> bool:
-        """Queue the copy of a block into a slot without waiting; False: a thread must `fill` it."""
+    def send(self, store: Store, block: Block, place: Place) -> bool:
+        """Queue the copy of a block to a place without waiting; False: a thread must `fill` it."""
 
-    def fill(self, store: Store, block: Block, index: int) -> None:
-        """Bring a block into a slot; called from a reader's thread."""
+    def fill(self, store: Store, block: Block, place: Place) -> None:
+        """Bring a block to a place; called from a reader's thread."""
 
     def approach(self) -> None:
         """Say that compute is about to need a block, and may have to wait for it."""
 
-    def enter(self, index: int) -> None:
-        """Say that what is computed from now on reads the slot."""
+    def enter(self, place: Place) -> None:
+        """Say that what is computed from now on reads the block there."""
 
-    def leave(self, index: int) -> None:
-        """Say that all that reads the slot has been asked for."""
+    def leave(self, place: Place) -> None:
+        """Say that all that reads the block there has been asked for."""
 
     def begin_step(self) -> None:
         """Say that a forward pass begins."""
@@ -100,32 +101,30 @@ class HostSlots:
 
     def __init__(self, ring: Ring) -> None:
         self.memory = allocate_pages(ring.nbytes)
-        self._slots = _cut(self.memory, ring)
-        self._views = [view_bytes(slot) for slot in self._slots]
+        self._bytes = view_bytes(self.memory)
 
-    def slot(self, index: int) -> Tensor:
-        """One slot."""
-        return self._slots[index]
+    def renew(self, slot: int) -> None:
+        """What was computed on the host is done."""
 
     def lies_ready(self, store: Store, block: Block) -> bool:
         """Whether the page cache has the block as it is wanted."""
         return store.lies_ready(block)
 
-    def send(self, store: Store, block: Block, index: int) -> bool:  # noqa: ARG002
+    def send(self, store: Store, block: Block, place: Place) -> bool:  # noqa: ARG002
         """The host copies with a thread of its own."""
         return False
 
-    def fill(self, store: Store, block: Block, index: int) -> None:
-        """Read a block into a slot."""
-        store.read(block, self._views[index])
+    def fill(self, store: Store, block: Block, place: Place) -> None:
+        """Read a block to its place."""
+        store.read(block, self._bytes[place.begin : place.begin + block.slot_bytes])
 
     def approach(self) -> None:
         """Who waits on the host notes it there."""
 
-    def enter(self, index: int) -> None:
+    def enter(self, place: Place) -> None:
         """What is computed on the host is computed now."""
 
-    def leave(self, index: int) -> None:
+    def leave(self, place: Place) -> None:
         """What was computed on the host is done."""
 
     def begin_step(self) -> None:
@@ -142,8 +141,26 @@ class HostSlots:
 
     def close(self) -> None:
         """Free the memory."""
-        self._slots, self._views = [], []
+        self._bytes = memoryview(b"")
         self.memory = self.memory.new_empty(0)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What a slot has held since it was last renewed, as events.
+
+    Copies into it wait for those of ``before``. ``ready`` tells, by the place, when each copy has
+    ended, and ``free`` when the last reader has, which is on the stream ``user``.
+    """
+
+    free: torch.Event
+    before: tuple[torch.Event, ...]
+    ready: dict[int, torch.Event] = field(default_factory=dict)
+    user: torch.Stream | None = None
+
+    def next(self, free: torch.Event) -> _Turn:
+        """Begin another: after the copies and readers of this one, if it had any."""
+        return _Turn(free, (*self.ready.values(), self.free) if self.ready else self.before)
 
 
 class DeviceSlots:
@@ -154,10 +171,9 @@ class DeviceSlots:
         self._ring = ring
         self._device = device
         self._pins = pins
-        self._slots = _cut(self.memory, ring)
-        self._ready = [torch.Event(device=device) for _ in self._slots]
-        self._free = [torch.Event(device=device) for _ in self._slots]
-        self._users: list[torch.Stream | None] = [None] * len(self._slots)
+        begin = torch.Event(device=device)  # the memory may be what a kernel has just let go of
+        begin.record(self._stream())
+        self._turns = [_Turn(torch.Event(device=device), (begin,)) for _ in range(ring.num_slots)]
         self._links: dict[str, Link] = {}
         self._capturing = getattr(
             torch.get_device_module(device), "is_current_stream_capturing", lambda: False
@@ -166,30 +182,31 @@ class DeviceSlots:
         self._step_began: torch.Event | None = None
         self._approached: torch.Event | None = None
         self._lock = threading.Lock()
-        for event in self._free:  # the memory may be what an earlier kernel has just let go of
-            event.record(self._stream())
 
-    def slot(self, index: int) -> Tensor:
-        """One slot."""
-        return self._slots[index]
+    def renew(self, slot: int) -> None:
+        """Let the copies that come wait for all that the slot has seen."""
+        self._turns[slot] = self._turns[slot].next(torch.Event(device=self._device))
 
     def lies_ready(self, store: Store, block: Block) -> bool:  # noqa: ARG002
         """Nothing on the host is used where it lies."""
         return False
 
-    def send(self, store: Store, block: Block, index: int) -> bool:
+    def send(self, store: Store, block: Block, place: Place) -> bool:
         """Queue a copy that the device does by itself, on the stream of the donor's link."""
         memory = store.direct(block)
         if memory is None:
             return False
-        slot = self._slots[index][: len(memory)]
-        self._link(store).send(memory, slot, self._free[index], self._ready[index])
+        turn, ready = self._turns[place.slot], torch.Event(device=self._device)
+        self._link(store).send(memory, self._at(place, len(memory)), turn.before, ready)
+        turn.ready[place.begin] = ready
         return True
 
-    def fill(self, store: Store, block: Block, index: int) -> None:
+    def fill(self, store: Store, block: Block, place: Place) -> None:
         """Read a block into pinned memory, and send it from there."""
-        link = self._link(store)
-        link.bring(store, block, self._slots[index], self._free[index], self._ready[index])
+        turn, ready = self._turns[place.slot], torch.Event(device=self._device)
+        target = self._at(place, block.slot_bytes)
+        self._link(store).bring(store, block, target, turn.before, ready)
+        turn.ready[place.begin] = ready
 
     def approach(self) -> None:
         """Note when the current stream has done all before, and could go on.
@@ -204,21 +221,21 @@ class DeviceSlots:
             )
         self._approached = self._waits.begin(self._stream())
 
-    def enter(self, index: int) -> None:
-        """Let the current stream wait until the slot's block has arrived."""
+    def enter(self, place: Place) -> None:
+        """Let the current stream wait until the block has arrived."""
         stream = self._stream()
-        stream.wait_event(self._ready[index])
+        stream.wait_event(self._turns[place.slot].ready[place.begin])
         if self._approached is not None:
             self._waits.end(self._approached, stream)
             self._approached = None
 
-    def leave(self, index: int) -> None:
+    def leave(self, place: Place) -> None:
         """Note where the current stream is: who writes the slot next waits for that."""
-        stream, before = self._stream(), self._users[index]
-        if before is not None and before != stream:
-            stream.wait_event(self._free[index])  # an event has room for one stream: this one
-        self._free[index].record(stream)
-        self._users[index] = stream
+        stream, turn = self._stream(), self._turns[place.slot]
+        if turn.user is not None and turn.user != stream:
+            stream.wait_event(turn.free)  # an event has room for one stream: this one
+        turn.free.record(stream)
+        turn.user = stream
 
     def begin_step(self) -> None:
         """Note when the current stream gets to this step."""
@@ -251,8 +268,10 @@ class DeviceSlots:
         for link in self._open_links():
             link.close()
         self._links.clear()
-        self._slots = []
         self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def _at(self, place: Place, nbytes: int) -> Tensor:
+        return self.memory[place.begin : place.begin + nbytes]
 
     def _stream(self) -> torch.Stream:
         return torch.accelerator.current_stream(self._device)
@@ -269,7 +288,3 @@ class DeviceSlots:
                 link = open_link(store.name, self._device, self._pins, self._ring.slot_bytes)
                 self._links[store.name] = link
             return link
-
-
-def _cut(memory: Tensor, ring: Ring) -> list[Tensor]:
-    return [*memory.split(ring.slot_bytes)] if ring.nbytes else []

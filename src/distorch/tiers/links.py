@@ -68,21 +68,24 @@ class Link:
         self._num_staged = 0
         self._lock = threading.Lock()
 
-    def send(self, memory: Tensor, slot: Tensor, after: torch.Event, ready: torch.Event) -> None:
-        """Queue the copy of ``memory`` into ``slot``: after one event, and then comes the other.
-
-        ``ready`` is still that of the slot's last copy, from a donor of any name: a block that came
-        and was not used is no reader, and this copy waits for it too.
-        """
-        self.stream.wait_event(after)
-        self.stream.wait_event(ready)
+    def send(
+        self, memory: Tensor, slot: Tensor, after: Sequence[torch.Event], ready: torch.Event
+    ) -> None:
+        """Queue the copy of ``memory`` into ``slot``: after some events, and then comes another."""
+        for event in after:
+            self.stream.wait_event(event)
         began = self._watch.begin(self.stream)
         self._copy(memory, slot)
         self._watch.end(began, self.stream)
         ready.record(self.stream)
 
     def bring(
-        self, store: Store, block: Block, slot: Tensor, after: torch.Event, ready: torch.Event
+        self,
+        store: Store,
+        block: Block,
+        slot: Tensor,
+        after: Sequence[torch.Event],
+        ready: torch.Event,
     ) -> None:
         """Read a block on this thread, then send it; returns before it has arrived."""
         staged = self._borrow()
