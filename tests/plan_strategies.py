@@ -99,14 +99,14 @@ def block_lists(draw: st.DrawFn, max_bytes: int = 32 * MIB) -> tuple[Block, ...]
     return tuple(blocks)
 
 
-def equal_blocks(num: int, nbytes: int) -> tuple[Block, ...]:
+def equal_blocks(num: int, nbytes: int, prefix: str = "m") -> tuple[Block, ...]:
     """Blocks of one size, side by side."""
     parts = [
-        Part(tensor=f"m{number}.w", dtype="U8", shape=(nbytes,), nbytes=nbytes)
+        Part(tensor=f"{prefix}{number}.w", dtype="U8", shape=(nbytes,), nbytes=nbytes)
         for number in range(num)
     ]
     return tuple(
-        Block(name=f"m{number}", parts=(part,), module=f"m{number}")
+        Block(name=f"{prefix}{number}", parts=(part,), module=f"{prefix}{number}")
         for number, part in enumerate(parts)
     )
 

@@ -33,7 +33,12 @@ DEVICE, PEER = "vgpu:0", "vgpu:1"
 NBYTES, NUM_BLOCKS, NUM_SLOTS = 5000, 9, 3
 SLOW = NBYTES / 5e-3  # bytes/s: five milliseconds a block
 BLOCKS = equal_blocks(NUM_BLOCKS, NBYTES)
-DATA = contents(BLOCKS)
+UNEVEN = tuple(
+    block
+    for name, nbytes in (("a", 40_000), ("b", 5000), ("c", 9000))
+    for block in equal_blocks(4, nbytes, name)
+)
+DATA = contents(BLOCKS) | contents(UNEVEN)
 WAYS = ["pinned", "pageable", "disk", "peer", "relayed"]
 DONORS = {"pinned": "cpu", "pageable": "cpu", "disk": "disk", "peer": PEER, "relayed": PEER}
 
@@ -46,9 +51,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @contextmanager
-def running(donors: Sequence[str], *, num_slots: int = NUM_SLOTS) -> Iterator[Executor]:
+def running(
+    donors: Sequence[str], blocks: Sequence[Block] = BLOCKS, *, num_slots: int = NUM_SLOTS
+) -> Iterator[Executor]:
     """An executor on a device, whose blocks rest on these donors in turn."""
-    plan = streaming_plan(BLOCKS, num_slots=num_slots)
+    plan = streaming_plan(blocks, num_slots=num_slots)
     placements = tuple(
         replace(placed, tier=donors[index % len(donors)])
         for index, placed in enumerate(plan.placements)
@@ -87,8 +94,8 @@ def read(executor: Executor, block: int) -> Tensor:
     return found
 
 
-def is_right(found: Tensor, block: int) -> bool:
-    return found.cpu().numpy().tobytes() == DATA[BLOCKS[block].parts[0].tensor]
+def is_right(found: Tensor, block: int, blocks: Sequence[Block] = BLOCKS) -> bool:
+    return found.cpu().numpy().tobytes() == DATA[blocks[block].parts[0].tensor]
 
 
 @pytest.mark.parametrize("slow", ["links", "compute"])
@@ -114,6 +121,33 @@ def test_a_block_that_came_and_was_not_used_is_waited_for_by_the_next(
     with behaving("all", enqueued=True), running(donors) as executor:
         found = [read(executor, block) for block in order]
         assert all(map(is_right, found, order))
+
+
+@pytest.mark.parametrize("slow", ["links", "compute"])
+@pytest.mark.parametrize("donors", [("cpu",), ("cpu", PEER), ("disk", "cpu"), (PEER, "disk")])
+def test_blocks_that_share_a_slot_wait_for_what_it_held_and_not_for_each_other(
+    donors: tuple[str, ...], slow: str
+) -> None:
+    """Large ones come after small ones and the other way round, in steps and out of order."""
+    if slow == "links":
+        slow_links()
+    step = [0, 4, 5, 6, 7, 1, 8, 2, 9, 10, 3, 11]
+    order = [*step, *step, *step, 9, 4, 0, 7, 11, 2, 5, 1]
+    streams = [torch.Stream(device=DEVICE) for _ in range(2)]
+    with (
+        behaving("all", enqueued=True, op_seconds=5e-3 if slow == "compute" else 0),
+        running(donors, UNEVEN, num_slots=2) as executor,
+    ):
+        found = []
+        for number, block in enumerate(order):
+            if number % len(step) == 0:
+                executor.end_step(complete=number <= 3 * len(step))
+                executor.begin_step()
+            with streams[number % 3 == 0]:
+                found.append(read(executor, block))
+        torch.accelerator.synchronize(DEVICE)
+        assert all(is_right(each, block, UNEVEN) for each, block in zip(found, order, strict=True))
+        assert executor.stats().streamed_bytes < 2 * sum(UNEVEN[block].nbytes for block in order)
 
 
 def test_the_ring_is_written_after_what_had_its_memory_before(way: str) -> None:
