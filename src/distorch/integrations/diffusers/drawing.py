@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from distorch.errors import ModelError, StorageError
 from distorch.integrations.diffusers.asked import Picture
+from distorch.integrations.diffusers.directory import needed_by
 from distorch.integrations.diffusers.preview import Preview
 
 __all__ = ["call_of", "draw", "save"]
@@ -63,6 +64,7 @@ def draw(
     Raises:
         ModelError: the pipeline refuses what is asked.
     """
+    _check_whole(pipe)
     call = call_of(pipe, asked)
     takes = signature(type(pipe).__call__).parameters
     pipe.set_progress_bar_config(disable=True)
@@ -107,6 +109,20 @@ def save(frames: list[Image.Image], path: Path) -> list[Path]:
     for frame, name in zip(frames, paths, strict=True):
         frame.save(name)
     return paths
+
+
+def _check_whole(pipe: Any) -> None:
+    """Refuse a pipeline that was saved without something, and so takes no prompt or draws nothing.
+
+    Raises:
+        ModelError: it is one.
+    """
+    absent = [name for name in needed_by(type(pipe)) if getattr(pipe, name, None) is None]
+    if absent:
+        raise ModelError(
+            f"this {type(pipe).__name__} has no {absent[0]}: its model_index.json leaves it out",
+            hint="the whole directory, as it was published",
+        )
 
 
 def _guidance(takes: Mapping[str, Parameter]) -> str:

@@ -27,7 +27,7 @@ from distorch.integrations.diffusers.layouts import (
     renamed,
 )
 from distorch.integrations.huggingface.scales import read_scales
-from distorch.integrations.huggingface.skeleton import Built, match
+from distorch.integrations.huggingface.skeleton import Built, check_layers, match
 from distorch.quant.of_checkpoint import dequantize
 
 __all__ = ["build"]
@@ -51,7 +51,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Built:
         found = renamed(layout, scaled.tensors, read_scales(checkpoint, scaled))
     else:
         found = Renamed(infos=dict(checkpoint))
-    _check_layers(config, checkpoint)
+    check_layers(config, checkpoint)
     config = config or _guessed(model_class.__name__, found.infos, checkpoint.path)
     model = _empty(model_class, config, dtype)
     ignored = [
@@ -112,17 +112,6 @@ def _config_in(folder: Path) -> Mapping[str, Any]:
             hint="the file may be damaged; download it again",
         ) from error
     return found if isinstance(found, dict) and "_class_name" in found else {}
-
-
-def _check_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse a number of layers that the tensors deny: a model of 2**31 layers takes for ever."""
-    for key, value in config.items():
-        if key.endswith("layers") and isinstance(value, int) and value > len(checkpoint):
-            raise ModelError(
-                f"{checkpoint.path} has {len(checkpoint)} tensors, and the config.json beside it "
-                f"says {key}: {value}",
-                hint="the configuration and the weights belong to different models",
-            )
 
 
 def _guessed(class_name: str, infos: Mapping[str, TensorInfo], path: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     'LlamaForCausalLM'
     """
     for name in config.architectures or ():
-        found = getattr(transformers, name, None)
+        found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     mapped: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)

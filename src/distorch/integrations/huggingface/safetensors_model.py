@@ -17,7 +17,7 @@ from distorch.formats.scales import Scaled, pair_scales
 from distorch.integrations.huggingface.classes import model_class, read_config
 from distorch.integrations.huggingface.computing import stored_dtype
 from distorch.integrations.huggingface.scales import read_scales
-from distorch.integrations.huggingface.skeleton import Built, build_empty, match
+from distorch.integrations.huggingface.skeleton import Built, build_empty, check_layers, match
 from distorch.integrations.resting import TORCH_DTYPES
 
 __all__ = ["build"]
@@ -38,6 +38,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Built:
             hint="the directory as it was saved: config.json beside the weights",
         )
     config = read_config(folder)
+    check_layers(config.to_dict(), checkpoint)
     tile = _forget_quantization(config)
     model = build_empty(model_class(config), config, dtype or _dtype(config, checkpoint))
     if (folder / "generation_config.json").is_file():

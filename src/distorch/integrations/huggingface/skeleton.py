@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from distorch.errors import ModelError
-from distorch.formats import TensorInfo
+from distorch.formats import Checkpoint, TensorInfo
 from distorch.integrations.module_tree import Stored
 from distorch.integrations.resting import TORCH_DTYPES
 from distorch.plan.storage import converted, format_named
@@ -23,9 +23,10 @@ from distorch.tiers.sources import Amend, FileSource
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["Built", "build_empty", "match"]
+__all__ = ["Built", "build_empty", "check_layers", "match"]
 
 _SHOWN_NAMES = 3
+_QUICK_LAYERS = 1000  # are built in seconds, and refused by their tensors if there are fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,28 @@ class Built:
         scales = {name: each for name, each in self.scales.items() if name not in conversions}
         built = replace(self, infos=wanted, scales=scales)
         return built, ConvertedSource(source, conversions, self.amend)
+
+
+def check_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse a number of layers that the tensors deny: a model of 2**31 layers takes for ever.
+
+    Raises:
+        ModelError: there are fewer tensors than layers.
+    """
+    most = max(_QUICK_LAYERS, len(checkpoint))
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_layers(value, checkpoint)
+        elif (
+            str(key).endswith(("layer", "layers", "depth"))
+            and isinstance(value, int)
+            and value > most
+        ):
+            raise ModelError(
+                f"{checkpoint.path} has {len(checkpoint)} tensors, and the config.json beside it "
+                f"says {key}: {value}",
+                hint="the configuration and the weights belong to different models",
+            )
 
 
 def build_empty(
