@@ -2,8 +2,9 @@
 
 Measured (Intel Xeon with AVX-512, 2026-11, ``make bench ARGS="--only dequantize"``, one thread) for
 Q8_0, Q4_K, Q5_K, Q6_K and FP8: 5.3-6.7 G weights/s into float32, against 2.9-5.1 for plain C,
-1.2-5.6 for libgguf's wheel, 0.3-1.2 for eager torch and 0.3-0.4 for gguf-py. It is built once with the machine's own C compiler into the user's cache; where there is
-none, or the result disagrees with the torch decoder by one bit, torch decodes: slower, never wrong.
+1.2-5.6 for libgguf's wheel, 0.3-1.2 for eager torch and 0.3-0.4 for gguf-py. It is built once with
+the machine's own C compiler into the user's cache; where there is none, or the result disagrees
+with the torch decoder by one bit, torch decodes: slower, never wrong.
 """
 
 from __future__ import annotations
