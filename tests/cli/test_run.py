@@ -84,6 +84,16 @@ def test_a_seed_decides_what_is_drawn(llama: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_prompt_of_other_bytes_and_a_seed_too_large_are_refused(llama: Path) -> None:
+    for option, more in (("--prompt", ()), ("--seed", ("--seed", 2**64))):
+        text = "w3" if more else "w3 \udcff"
+        done = invoke("run", llama, "--prompt", text, *more)
+        assert (done.code, done.out) == (2, "")
+        assert option in done.err
+        assert "fault" not in done.err
+    assert _run(llama, "--temperature", 1, "--seed", 2**64 - 1)["num_tokens"] == 8
+
+
 def test_a_person_reads_text_and_a_table(llama: Path) -> None:
     line = "cpu,0b;disk,*"
     done = invoke("run", llama, "--prompt", "w3 w4", "--allocation", line, "--max-new-tokens", 4)

@@ -70,7 +70,9 @@ PlanOption = Annotated[
     Path | None,
     typer.Option("--plan", metavar="FILE", help="A plan that `distorch plan --save` wrote."),
 ]
-SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="What chance begins with.")]
+SeedOption = Annotated[
+    int, typer.Option(metavar="N", min=0, max=2**64 - 1, help="What chance begins with.")
+]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Print what rests where, first.")]
 NegativeOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="What a picture shall not be.")
@@ -146,6 +148,8 @@ def run(
     )
     path, draws = Path(model), is_pipeline(Path(model))
     _refuse(context, model, draws=draws)
+    _check_text("--prompt", prompt)
+    _check_text("--negative-prompt", negative_prompt or "")
     wanted = Wanted(
         placement=placement,
         plan=None if plan is None else read_plan(plan),
@@ -201,6 +205,21 @@ def _refuse(context: typer.Context, model: str, *, draws: bool) -> None:
         f"{option} is for a pipeline, which draws: {model} is not",
         hint="a directory with a model_index.json",
     )
+
+
+def _check_text(option: str, text: str) -> None:
+    """Refuse bytes that a terminal of another encoding has given for text.
+
+    Raises:
+        ModelError: it holds some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            f"{option} has bytes at position {error.start} that are not UTF-8",
+            hint=f"{option} in UTF-8, which most terminals write under LANG=C.UTF-8",
+        ) from error
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

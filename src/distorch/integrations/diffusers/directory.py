@@ -28,14 +28,14 @@ def models_in(path: Path, elsewhere: Collection[str] = ()) -> list[str]:
         ModelError: its ``model_index.json`` is no index of a pipeline, or lacks such a model; or
             the directory lacks what the index or its class names.
     """
-    entries = _entries(path)
+    index = _index(path)
+    entries, pipeline_class = _entries(index, path), _class(index, path)
     strange = [name for name in elsewhere if name not in entries]
     if strange:
         raise ModelError(
             f"the pipeline in {path} has no model {strange[0]!r}: it has {', '.join(entries)}",
             hint='files={"transformer": "flux1-dev-Q4_K.gguf"}',
         )
-    pipeline_class = _class(path)
     lacking = [name for name in needed_by(pipeline_class) if name not in entries]
     if lacking:
         raise ModelError(
@@ -64,12 +64,13 @@ def assemble(path: Path, models: Mapping[str, nn.Module]) -> Any:
     Raises:
         ModelError: it cannot, or a model is of another class than the pipeline's.
     """
-    entries = _entries(path)
+    index = _index(path)
+    entries = _entries(index, path)
     for name, model in models.items():
         _check_class(name, model, entries[name])
     absent = {name: None for name, entry in entries.items() if entry is None}
     given: dict[str, Any] = absent | dict(models)
-    make: Any = _class(path).from_pretrained  # diffusers has no types
+    make: Any = _class(index, path).from_pretrained  # diffusers has no types
     try:
         return make(path, local_files_only=True, use_safetensors=True, **given)
     except Exception as error:
@@ -108,9 +109,9 @@ def _check_class(name: str, model: nn.Module, entry: tuple[str, str] | None) -> 
         )
 
 
-def _class(path: Path) -> type[DiffusionPipeline]:
+def _class(index: Mapping[str, Any], path: Path) -> type[DiffusionPipeline]:
     """The pipeline's own class: asked of a base, diffusers loads what is optional once more."""
-    name = _index(path).get("_class_name")
+    name = index.get("_class_name")
     found = getattr(diffusers, str(name), None)
     if isinstance(found, type) and DiffusionPipeline in found.__mro__[1:]:
         return found
@@ -121,10 +122,10 @@ def _class(path: Path) -> type[DiffusionPipeline]:
     )
 
 
-def _entries(path: Path) -> dict[str, tuple[str, str] | None]:
+def _entries(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, str] | None]:
     """A pipeline's components: the library and the class of each, or None if it is left out."""
     found: dict[str, tuple[str, str] | None] = {}
-    for name, entry in _index(path).items():
+    for name, entry in index.items():
         match entry:
             case [None, None]:
                 found[name] = None
