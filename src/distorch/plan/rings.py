@@ -17,7 +17,7 @@ _SMALL_BYTES = 16 << 20
 _SLOTS_IF_SMALL = 4
 _SLOTS_IF_LARGE = 3  # one in use, one ready, one on its way
 _FEWEST_SLOTS = 2
-_MORE = 64  # a slot is larger than the largest block by one part in so many
+_MORE = 64  # a slot may be larger than the largest block by one part in so many
 _SLOTS_TRIED = (8, 16, 2, 3, 4)
 _ROOMY_BYTES, _ROOMY_PART = 1 << 30, 8
 
@@ -58,7 +58,7 @@ def usual_ring(visitors: Sequence[Block], ring_bytes: int | None = None) -> Ring
         return Ring()
     largest = max(visitors, key=lambda block: block.nbytes)
     least = least_ring(visitors)
-    fewest, slot_bytes = least.num_slots, _roomy(least.slot_bytes)
+    fewest, slot_bytes = least.num_slots, _wide_enough(visitors, least.slot_bytes)
     if ring_bytes is None:
         wanted = _SLOTS_IF_SMALL if largest.nbytes <= _SMALL_BYTES else _SLOTS_IF_LARGE
         num_slots = wanted + _held_at_once(visitors)
@@ -84,9 +84,11 @@ def least_ring(visitors: Sequence[Block]) -> Ring:
     return Ring(num_slots=_FEWEST_SLOTS + _held_at_once(visitors), slot_bytes=slot_bytes)
 
 
-def _roomy(slot_bytes: int) -> int:
-    """A little more: four blocks of a quarter of the largest, and their norms, share a slot."""
-    return slot_bytes + slot_bytes // _MORE // SECTOR_BYTES * SECTOR_BYTES
+def _wide_enough(visitors: Sequence[Block], slot_bytes: int) -> int:
+    """A little more, if more blocks share a slot then: four quarters of the largest, and norms."""
+    wide_bytes = slot_bytes + slot_bytes // _MORE // SECTOR_BYTES * SECTOR_BYTES
+    fewer = _num_groups(visitors, wide_bytes) < _num_groups(visitors, slot_bytes)
+    return wide_bytes if fewer else slot_bytes
 
 
 def _num_groups(visitors: Sequence[Block], slot_bytes: int) -> int:
