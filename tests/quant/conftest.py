@@ -1,4 +1,4 @@
-"""The Triton kernels, to be interpreted on the CPU."""
+"""What tests of kernels share: threads, and the Triton kernels, to be interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SOURCE = Path(choice.__file__).with_name("triton_kernels.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads() -> Iterator[None]:
+    """Two threads or more, which share the work, also where processes have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
