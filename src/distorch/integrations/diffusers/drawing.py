@@ -22,6 +22,15 @@ OnStep = Callable[[int, int], None]
 """Called after each step, with the steps done and the steps in all."""
 
 _FRAMES_PER_SECOND = 16
+_OPTIONS = {  # of the command line, by what they are called with
+    "prompt": "--prompt",
+    "negative_prompt": "--negative-prompt",
+    "num_inference_steps": "--steps",
+    "num_frames": "--frames",
+    "width": "--size",
+    "height": "--size",
+    "image": "--image",
+}
 
 
 def call_of(pipe: Any, asked: Picture) -> dict[str, Any]:
@@ -49,7 +58,8 @@ def call_of(pipe: Any, asked: Picture) -> dict[str, Any]:
     strange = [name for name in wanted if name not in takes]
     if strange:
         raise ModelError(
-            f"a {type(pipe).__name__} takes no {strange[0]}", hint="the same without that option"
+            f"a {type(pipe).__name__} takes no {strange[0]}",
+            hint=f"the same without {_OPTIONS.get(strange[0], '--guidance')}",
         )
     return wanted | {"generator": torch.Generator().manual_seed(asked.seed)}
 

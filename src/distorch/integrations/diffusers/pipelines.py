@@ -178,13 +178,14 @@ def _share(
     """
     total_bytes = sum(model.nbytes for model in models)
     here = _machine(models, request, machine)
-    resolved = request.line(total_bytes, here).resolve(total_bytes, here, request.compute)
+    asked = request.line(total_bytes, here)
+    resolved = asked.resolve(total_bytes, here, request.compute)
     compute, granted_bytes = resolved.compute, resolved.bytes_on(resolved.compute)
     if granted_bytes >= total_bytes:
         requests |= {model.name: Request(allocation=f"{compute},*") for model in models}
         return None
     donors = {name: n for name, n in resolved.bytes_by_tier if name != compute}
-    rest = _rest_of(request.line(total_bytes, here), compute)
+    rest = _rest_of(asked, compute)
     over = {model.name: max(0, model.nbytes - granted_bytes) for model in models}
     for model in models:
         entries = [f"{compute},{min(granted_bytes, model.nbytes)}b"]
