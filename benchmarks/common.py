@@ -258,16 +258,15 @@ class MemoryGroups:
                 (folder / self.limit).write_text(str(cap_bytes))
                 with suppress(OSError):  # no such file where the system does not count swap
                     (folder / "memory.swap.max").write_text("0")
-            found = CappedRun.measured(["sh", "-c", _JOIN, str(folder / "cgroup.procs"), *command])
+            found = CappedRun.measured(self.joining(folder, command))
             peak = folder / self.peak
             peak_bytes = int(peak.read_text()) if peak.exists() else found.peak_bytes
             return replace(found, peak_bytes=peak_bytes)
 
-    def inside(self, command: Sequence[str]) -> CappedRun:
-        """Run a command in a group without a limit; its last argument names the file to set one."""
-        with self.group() as folder:
-            entered = ["sh", "-c", _JOIN, str(folder / "cgroup.procs"), *command]
-            return CappedRun.measured([*entered, str(folder / self.limit)])
+    @staticmethod
+    def joining(folder: Path, command: Sequence[str]) -> list[str]:
+        """Return a command that enters a group before it does anything else."""
+        return ["sh", "-c", _JOIN, str(folder / "cgroup.procs"), *command]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

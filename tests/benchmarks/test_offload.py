@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import gc
+import io
+import json
 import re
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-SCALE = "tiny"
+SCALE = "smallest"
+SHAPE = {"num_attention_heads": 1, "num_layers": 1, "num_single_layers": 2}
+NAMES = {"ours", "ours, 10 %", "accelerate", "diffusers"}
 WITHOUT_ROOT = "a hard memory cap needs a control group, and that needs root"
 
 
 @pytest.fixture
-def offload() -> ModuleType:
+def offload(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark, at a shape of 2 MiB."""
     found = import_module("offload")
     with tempfile.NamedTemporaryFile() as file:
         file.write(bytes(1 << 20))
@@ -32,77 +36,70 @@ def offload() -> ModuleType:
             found.forget([Path(file.name)])
         except AssertionError:
             pytest.skip("temporary files are in memory here: none is cold")
+    monkeypatch.setattr(found, "SHAPES", {SCALE: SHAPE})
+    monkeypatch.setattr(found, "settle", lambda: None)
     return found
-
-
-@pytest.fixture
-def run(offload: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
-    """The benchmark without root, at a shape of 2 MiB, in this process: another one has its own."""
-
-    def measured(command: Sequence[str]) -> SimpleNamespace:
-        scale, folder, num_rounds = command[-3:]
-        with torch.no_grad():
-            figures = offload._measure(scale, Path(folder), int(num_rounds), None)
-        return SimpleNamespace(figures=figures, returncode=0)
-
-    import_module("diffusers").FluxTransformer2DModel  # noqa: B018  it is imported when it is named
-    shape = {"num_attention_heads": 1, "num_layers": 1, "num_single_layers": 2}
-    monkeypatch.setattr(offload, "_SHAPES", {SCALE: shape})
-    monkeypatch.setattr(offload, "_MOST_TOKENS", 32)
-    monkeypatch.setattr(offload.MemoryGroups, "find", lambda: (None, WITHOUT_ROOT))
-    monkeypatch.setattr(offload.CappedRun, "measured", measured)
-    monkeypatch.setattr(offload, "settle", lambda: None)
-    gc.collect()
-    gc.freeze()  # or what the libraries have would be looked at after every contender
-    yield lambda: offload.run(num_rounds=2, read_ahead_kib=0)[SCALE]
-    gc.unfreeze()
 
 
 def rows(report: str) -> dict[str, str]:
     """Return the last cell of each contender's row: whether its bits are equal."""
-    return dict(re.findall(r"^(\w+) +\d.* (yes|NO) *$", report, re.MULTILINE))
+    return dict(re.findall(r"^(\S.*?)  +\d.* (yes|NO) *$", report, re.MULTILINE))
 
 
 def test_all_have_the_bits_of_the_model_in_memory_and_a_row(
-    run: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+    offload: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run()
+    monkeypatch.setattr(offload.MemoryGroups, "find", lambda: (None, WITHOUT_ROOT))
+    found = offload.run(num_rounds=1, read_ahead_kib=0)[SCALE]
     report = capsys.readouterr().out
-    assert {"ours", "accelerate", "diffusers"} <= set(found["equal"])
-    assert all(found["equal"].values())
-    assert rows(report) == dict.fromkeys(found["equal"], "yes")
-    assert len(found["rounds"]) == 2
-    for seconds in found["rounds"]:
-        assert {"reading", *found["equal"]} <= set(seconds)
-    assert found["cap_bytes"] is None
+    assert rows(report) == dict.fromkeys(NAMES, "yes")
+    assert len(found["rounds"]) == 1
+    for answers in found["rounds"]:
+        assert set(answers) == NAMES | {"reading"}
+        assert all(answers[name]["equal"] for name in NAMES)
+        assert answers["ours"]["share"] == 1
+    assert set(found["cap_bytes"].values()) == {None}
     assert WITHOUT_ROOT in report
 
 
+@pytest.mark.parametrize("changed", [False, True])
 def test_other_bits_are_told_of(
-    run: Callable[[], Any],
     offload: ModuleType,
+    changed: bool,  # noqa: FBT001
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    usual = offload.diffusers_offload
+    model, x = offload.build(SHAPE), offload._input(16)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        expected = offload.Denoiser(model)(x).contiguous() + changed
+        save_file({"x": x, "expected": expected}, tmp_path / "task.safetensors")
+        monkeypatch.setattr(sys, "stdin", io.StringIO('"ours"\n'))
+        offload._work("ours", tmp_path)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers[0] == "ready"
+    assert answers[1]["equal"] is not changed
 
-    def wrong(model: torch.nn.Module, folder: Path) -> Any:
-        with torch.no_grad():
-            model.get_parameter("proj_out.bias").add_(1)
-        return usual(model, folder)
 
-    monkeypatch.setattr(offload, "diffusers_offload", wrong)
-    assert run()["equal"] == {"ours": True, "accelerate": True, "diffusers": False}
-    assert rows(capsys.readouterr().out)["diffusers"] == "NO"
+def test_who_differs_or_is_killed_has_a_row_that_says_so(
+    offload: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = {"seconds": 1.0, "equal": True}, {"seconds": 2.0, "equal": False}
+    answers: dict[str, dict[str, float] | None]
+    answers = {"reading": {"seconds": 0.5}, "ours": good, "ours, 10 %": bad}
+    answers |= {"accelerate": None, "diffusers": good}
+    found = {"model_bytes": 1, "tokens": 1, "compute_seconds": 0.5, "read_ahead": ""}
+    offload._report(SCALE, {**found, "cap_bytes": {}, "rounds": [answers]}, WITHOUT_ROOT)
+    report = capsys.readouterr().out
+    assert rows(report) == {"ours": "yes", "ours, 10 %": "NO", "diffusers": "yes"}
+    assert re.search(r"^accelerate +killed", report, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_under_a_cap_they_run_in_a_process_of_their_own(
-    offload: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_library_has_a_cap(offload: ModuleType) -> None:
     if offload.MemoryGroups.find()[0] is None:
         pytest.skip(offload.MemoryGroups.find()[1])
-    monkeypatch.setattr(offload, "_SHAPES", {SCALE: offload._SHAPES[SCALE]})
     found = offload.run(num_rounds=1, read_ahead_kib=0)[SCALE]
-    assert found["cap_bytes"] > found["model_bytes"] / 2
-    assert all(found["equal"].values())
+    assert all(cap > found["model_bytes"] / 2 for cap in found["cap_bytes"].values())
+    assert all(answers[name]["equal"] for answers in found["rounds"] for name in NAMES)
