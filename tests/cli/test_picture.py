@@ -139,6 +139,7 @@ def test_what_a_pipeline_does_not_take_is_named(tmp_path: Path) -> None:
     save_file({"x.lora_A.weight": torch.ones(4, 256)}, tmp_path / "other.safetensors")
     for kind, option, problem in (
         ("flux", ("--size", "33x32"), "makes multiples of 4\n  try: --size 32x32"),
+        ("flux", ("--size", "99999x32"), "makes multiples of 4\n  try: --size 99996x32"),
         ("flux", ("--frames", 5), "takes no num_frames\n  try: the same without --frames"),
         ("flux", ("--output", tmp_path / "out.mp4"), "one picture is no video"),
         ("flux", ("--component", "unet=cpu,*"), "has no model 'unet'"),

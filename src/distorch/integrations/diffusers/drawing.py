@@ -22,6 +22,7 @@ OnStep = Callable[[int, int], None]
 """Called after each step, with the steps done and the steps in all."""
 
 _FRAMES_PER_SECOND = 16
+_MOST_PIXELS = 99_999  # of a side, as ``--size`` reads it
 _OPTIONS = {  # of the command line, by what they are called with
     "prompt": "--prompt",
     "negative_prompt": "--negative-prompt",
@@ -153,7 +154,8 @@ def _checked(size: tuple[int, int], pipe: Any) -> tuple[int, int]:
     multiple = scale if hasattr(pipe, "unet") else 2 * scale  # a token is 2 x 2 latents
     width, height = size
     if width % multiple or height % multiple:
-        near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+        most = _MOST_PIXELS // multiple
+        near = "x".join(str(min(most, max(1, round(side / multiple))) * multiple) for side in size)
         raise ModelError(
             f"--size is {width}x{height}, and this model makes multiples of {multiple}",
             hint=f"--size {near}",
