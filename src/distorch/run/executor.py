@@ -33,15 +33,15 @@ __all__ = ["Executor", "Lease"]
 class Lease:
     """The right to use a block's bytes until it is released.
 
-    ``offsets`` say where its parts are in ``memory``, from ``place`` on: None for a block that
-    visits no slot. ``lying`` has its parts where they lie, if they are used there rather than in
-    ``memory``; leases with equal ``where`` have the same bytes.
+    ``offsets`` say where its parts are in ``memory``, from its ``place`` on. A block that visits no
+    slot has none, and no ``index``. ``lying`` has its parts where they lie, if they are used there
+    rather than in ``memory``; leases with equal ``where`` have the same bytes.
     """
 
     placement: Placement
     memory: Tensor
     offsets: Sequence[int]
-    block: int = -1
+    index: int | None = None
     place: Place | None = None
     lying: Lying = ()
 
@@ -147,11 +147,11 @@ class Executor:
         """Give a lease back: its slot may be written again."""
         if lease.lying:
             self._stores[lease.placement.tier].forget(lease.placement.block)
-        if lease.place is not None:
+        if lease.place is not None and lease.index is not None:
             try:
                 self._slots.leave(lease.place)
             finally:  # the device may be gone
-                self._readers.give_back(lease.block)
+                self._readers.give_back(lease.index)
 
     def read(self, block: int) -> Lease:
         """Bring a block into host memory of its own, past the ring and the device that computes.
