@@ -97,7 +97,7 @@ def test_what_crosses_two_links_counts_on_both() -> None:
 @given(profiles(), st.integers(1, 30))
 def test_a_ring_with_room_for_all_moves_nothing(profile: Profile, num_slots: int) -> None:
     plan = _streamed(profile, ["cpu"] * len(profile.blocks), num_slots)
-    if num_slots >= num_groups(plan.streamed_order, plan.slot_bytes, plan.ring.slot_bytes):
+    if num_slots >= num_groups(plan.streamed_order, plan.visitor_bytes, plan.ring.slot_bytes):
         assert steady_bytes(plan) == {}
     else:
         assert steady_bytes(plan) == {"cpu": profile.model_bytes}

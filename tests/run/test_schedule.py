@@ -183,6 +183,8 @@ class ScheduleMachine(RuleBasedStateMachine):
         all_leased = len(leased) == self.readers.num_slots
         here = block in self.readers.held or block in self.readers.loading
         served = self.readers.serve(block, fetches_between)
+        if not self.readers.sizes:
+            assert (served is None) == (all_leased and not here)
         if served is None:
             assert all_leased
             assert not here
@@ -213,9 +215,13 @@ class ScheduleMachine(RuleBasedStateMachine):
             return
         schedule = self.readers.schedule
         assert schedule.here == set(self.readers.held)
-        if schedule.is_stuck:
-            assert len(self.readers.leased_slots) == self.readers.num_slots
-            assert schedule.urgent not in self.readers.held
+        full = len(self.readers.leased_slots) == self.readers.num_slots
+        waits = schedule.urgent is not None and schedule.urgent not in self.readers.held
+        if not self.readers.sizes:
+            assert schedule.is_stuck == (full and waits)
+        elif schedule.is_stuck:
+            assert full
+            assert waits
 
 
 def test_no_interleaving_breaks_the_ring() -> None:

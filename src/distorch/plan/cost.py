@@ -127,7 +127,7 @@ def steady_bytes(plan: Plan) -> dict[str, int]:
     A ring with room for every visitor keeps them all: then nothing moves any more.
     """
     order = plan.streamed_order
-    if num_groups(order, plan.slot_bytes, plan.ring.slot_bytes) <= plan.ring.num_slots:
+    if num_groups(order, plan.visitor_bytes, plan.ring.slot_bytes) <= plan.ring.num_slots:
         return {}
     totals: Counter[str] = Counter()
     for index in order:

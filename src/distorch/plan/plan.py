@@ -134,7 +134,7 @@ class Plan:
         )
 
     @property
-    def slot_bytes(self) -> dict[int, int]:
+    def visitor_bytes(self) -> dict[int, int]:
         """The bytes that each block of `streamed_order` takes in a slot."""
         return {index: self.placements[index].block.slot_bytes for index in self.streamed_order}
 

@@ -94,7 +94,7 @@ class Schedule:
             order=plan.streamed_order,
             num_slots=plan.ring.num_slots,
             slot_bytes=plan.ring.slot_bytes,
-            sizes=plan.slot_bytes,
+            sizes=plan.visitor_bytes,
         )
 
     @property
