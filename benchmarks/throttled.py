@@ -16,11 +16,11 @@ from distorch.integrations.attach import Handle
 from distorch.integrations.module_tree import describe
 from distorch.integrations.request import Request
 from distorch.machine import Link, Machine, Tier
-from distorch.plan.blocks import Block, cut
+from distorch.plan.blocks import cut
 from distorch.plan.plan import Plan
 from distorch.plan.planner import Judge, make_plan
 from distorch.simulate import simulate
-from distorch.tiers import Store
+from distorch.tiers import Delivery, Store
 from distorch.tiers.host import HostTier
 from distorch.tiers.pinned import Pins
 
@@ -37,13 +37,13 @@ class Throttled(HostTier):
         self._lock = threading.Lock()
         self._free_at = 0.0
 
-    def read(self, block: Block, slot: memoryview) -> None:
-        """Copy a block, and let the rest of its time on the link pass."""
+    def read(self, wanted: Sequence[Delivery]) -> None:
+        """Copy blocks, and let the rest of their time on the link pass."""
         with self._lock:
             self._free_at = max(time.perf_counter(), self._free_at)
-            self._free_at += block.nbytes / self._bytes_per_second
+            self._free_at += sum(block.nbytes for block, _ in wanted) / self._bytes_per_second
             until = self._free_at
-        super().read(block, slot)
+        super().read(wanted)
         time.sleep(max(0.0, until - time.perf_counter()))
 
 

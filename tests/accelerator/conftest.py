@@ -18,8 +18,8 @@ import torch
 
 from distorch import vgpu
 from distorch.integrations import planning
-from distorch.plan.blocks import Block, cut
-from distorch.tiers import Destination
+from distorch.plan.blocks import cut
+from distorch.tiers import Delivery, Destination
 from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier
 from distorch.tiers.sources import MemorySource
@@ -98,9 +98,10 @@ def _told(monkeypatch: pytest.MonkeyPatch) -> None:
     def read_from(tier: type[DiskTier | HostTier]) -> None:
         real = tier.read
 
-        def read(self: DiskTier | HostTier, block: Block, slot: memoryview) -> None:
-            tell(slot)
-            real(self, block, slot)  # type: ignore[arg-type]
+        def read(self: DiskTier | HostTier, wanted: Sequence[Delivery]) -> None:
+            for _, slot in wanted:
+                tell(slot)
+            real(self, wanted)  # type: ignore[arg-type]
 
         monkeypatch.setattr(tier, "read", read)
 

@@ -5,6 +5,7 @@ Links are slow here, or compute is, so that whatever does not wait is early ever
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor
 from distorch import vgpu
 from distorch.integrations.memories import open_stores
 from distorch.run.executor import Executor
-from distorch.tiers import links
+from distorch.tiers import Delivery, links
 from distorch.tiers.accelerator import AcceleratorTier
 from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier
@@ -193,19 +194,19 @@ def test_memory_is_freed_after_the_copies_and_the_readers_of_it(way: str, slow: 
 
 def test_a_reader_in_the_midst_of_a_block_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it reads goes to the ring, through pinned memory: both are freed after."""
-    real, inside = DiskTier.read, []
+    real, inside, began = DiskTier.read, [], threading.Event()
 
-    def slow(self: DiskTier, block: Block, slot: memoryview) -> None:
-        inside.append(block)
+    def slow(self: DiskTier, wanted: Sequence[Delivery]) -> None:
+        inside.append(wanted)
+        began.set()
         time.sleep(0.1)
-        real(self, block, slot)
-        inside.remove(block)
+        real(self, wanted)
+        inside.remove(wanted)
 
     monkeypatch.setattr(DiskTier, "read", slow)
     with behaving("disk"), running(["disk"]) as executor:
         read(executor, 0)
-        while not inside:
-            time.sleep(1e-3)
+        assert began.wait(timeout=60)
         executor.close()
         assert inside == []
 

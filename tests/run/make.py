@@ -16,7 +16,7 @@ from distorch.formats import TensorInfo
 from distorch.plan.blocks import Block
 from distorch.plan.plan import Plan
 from distorch.run.executor import Executor, Lease
-from distorch.tiers import Lying, Source, Store
+from distorch.tiers import Delivery, Lying, Source, Store
 from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier
 from distorch.tiers.null import NullTier
@@ -57,15 +57,16 @@ class Watched:
     def offsets(self, block: Block) -> Sequence[int]:
         return self.inner.offsets(block)
 
-    def read(self, block: Block, slot: memoryview) -> None:
+    def read(self, wanted: Sequence[Delivery]) -> None:
         assert not self.closed, "a closed store is read"
-        self.before_read(block, slot)
-        self.reads.append(block.name)
-        if self._random is not None:
-            time.sleep(self._random.choice([0, 0, 0.0005, 0.002]))
-        if block.name in self.failing:
-            raise StorageError(f"no {block.name}", hint="another disk")
-        self.inner.read(block, slot)
+        for block, slot in wanted:
+            self.before_read(block, slot)
+            self.reads.append(block.name)
+            if self._random is not None:
+                time.sleep(self._random.choice([0, 0, 0.0005, 0.002]))
+            if block.name in self.failing:
+                raise StorageError(f"no {block.name}", hint="another disk")
+            self.inner.read([(block, slot)])
 
     def lies_ready(self, block: Block) -> bool:
         return self.inner.lies_ready(block)

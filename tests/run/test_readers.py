@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 
 from distorch.errors import ExecutorError, StorageError
 from distorch.plan.blocks import ALIGNMENT_BYTES, Block
+from distorch.run.executor import Executor
 from distorch.run.stats import Stats
-from distorch.tiers import Lying
+from distorch.tiers import Delivery, Lying, Store
 from distorch.tiers.host import HostTier
 from distorch.tiers.null import NullTier
 from tests.plan_strategies import equal_blocks, streaming_plan
@@ -102,6 +105,38 @@ def test_a_block_that_cannot_be_read_disturbs_no_other() -> None:
         store.failing.add("m3")
         for _ in range(20):
             visit(executor, 0, 1, 2, 4, 5)  # a branch that skips it
+
+
+def neighbours(store: Store) -> AbstractContextManager[Executor]:
+    """A large block, six small ones that share a slot, and a large one."""
+    large, small = equal_blocks(2, 60_000, "large"), equal_blocks(6, 64, "small")
+    plan = streaming_plan([large[0], *small, large[1]], num_slots=3)
+    return running(plan, {"cpu": HostTier("cpu"), "disk": store})
+
+
+def test_small_neighbours_come_in_one_read_and_no_others_with_them() -> None:
+    together: list[list[str]] = []
+
+    class Noting(NullTier):
+        def read(self, wanted: Sequence[Delivery]) -> None:
+            together.append([block.name for block, _ in wanted])
+
+    with neighbours(Noting("disk")) as executor:
+        visit(executor, *range(8))
+    small = [f"small{number}" for number in range(6)]
+    assert {tuple(names) for names in together} == {("large0",), tuple(small), ("large1",)}
+
+
+def test_of_neighbours_that_are_read_together_only_the_broken_one_fails() -> None:
+    store = Watched(NullTier("disk"))
+    store.failing.add("small3")
+    with neighbours(store) as executor:
+        visit(executor, 0, 1, 2, 3)
+        before = store.reads.count("small4")
+        visit(executor, 5, 6, 7)
+        assert store.reads.count("small4") == before, "it was there"
+        with pytest.raises(ExecutorError, match="small3"):
+            executor.acquire(4)
 
 
 def test_after_an_error_the_block_can_be_read_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,9 @@ class _Readers:
     def bytes_of(self, block: int, place: Place) -> range:
         return range(place.begin, place.begin + self.sizes.get(block, self.slot_bytes))
 
-    def fetch(self) -> Fetch | None:
-        fetch = self.schedule.next_fetch()
-        if fetch is not None:
+    def fetch(self) -> list[Fetch]:
+        fetches = self.schedule.next_fetches()
+        for fetch in fetches:
             here = self.held | self.loading
             assert fetch.block not in here, "what is here or on its way is fetched again"
             written = self.bytes_of(fetch.block, fetch.place)
@@ -84,7 +85,7 @@ class _Readers:
                     assert written.stop <= there.start or there.stop <= written.start, "overlap"
             self.loading[fetch.block] = fetch.place
             self.num_fetches[fetch.block] += 1
-        return fetch
+        return fetches
 
     def arrive(self, block: int) -> None:
         self.held[block] = self.loading.pop(block)
@@ -114,13 +115,13 @@ class _Readers:
     def drain(self) -> None:
         """Let the readers work until they have nothing to do."""
         for _ in range(10 * NUM_BLOCKS):
-            if self.fetch() is None and not self.loading:
+            if not self.fetch() and not self.loading:
                 return
             for block in list(self.loading):
                 self.arrive(block)
         raise AssertionError("the readers never rest")
 
-    def serve(self, block: int, fetches_between: int = 1) -> Place | None:
+    def serve(self, block: int) -> Place | None:
         """Acquire as the executor does: ask, wait, ask again; None when every slot is leased."""
         for _ in range(10 * NUM_BLOCKS):
             place = self.ask(block)
@@ -128,8 +129,7 @@ class _Readers:
                 return place
             if self.schedule.is_stuck:
                 return None
-            for _ in range(fetches_between):
-                self.fetch()
+            self.fetch()
             assert self.loading, "an acquire waits and nothing is on its way"
             self.arrive(next(iter(self.loading)))
         raise AssertionError("an acquire was never served")
@@ -177,12 +177,12 @@ class ScheduleMachine(RuleBasedStateMachine):
     def compute_asks_and_gives_up(self, block: int) -> None:
         self.readers.ask(block)
 
-    @rule(block=BLOCKS, fetches_between=st.integers(1, 3))
-    def compute_waits_for_a_block(self, block: int, fetches_between: int) -> None:
+    @rule(block=BLOCKS)
+    def compute_waits_for_a_block(self, block: int) -> None:
         leased = self.readers.leased_slots
         all_leased = len(leased) == self.readers.num_slots
         here = block in self.readers.held or block in self.readers.loading
-        served = self.readers.serve(block, fetches_between)
+        served = self.readers.serve(block)
         if not self.readers.sizes:
             assert (served is None) == (all_leased and not here)
         if served is None:
@@ -207,7 +207,14 @@ class ScheduleMachine(RuleBasedStateMachine):
     @rule()
     def the_readers_rest_when_there_is_nothing_to_do(self) -> None:
         self.readers.drain()
-        assert self.readers.fetch() is None
+        assert self.readers.fetch() == []
+
+    @invariant()
+    def a_schedule_that_rests_has_nothing_to_do(self) -> None:
+        if hasattr(self, "readers") and self.readers.schedule._is_settled:
+            wide_awake = copy.deepcopy(self.readers.schedule)
+            wide_awake._is_settled = False
+            assert wide_awake.next_fetches() == []
 
     @invariant()
     def the_schedule_knows_what_is_where(self) -> None:
@@ -239,7 +246,7 @@ def test_a_steady_pass_fetches_each_block_once_between_two_visits(
     for _ in range(3):
         readers.schedule.begin_step()
         for block in order:
-            readers.serve(block, data.draw(st.integers(1, 3)))
+            readers.serve(block)
             assert readers.num_fetches[block] - before[block] <= 1
             before[block] = readers.num_fetches[block]
             for _ in range(data.draw(st.integers(0, 2))):
@@ -270,7 +277,7 @@ def test_what_fits_in_the_ring_is_fetched_once(
     num_slots = max(1, num_groups(order, sizes, SLOT_BYTES) + spare)
     readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
     for block in data.draw(st.lists(st.sampled_from(distinct), max_size=20)) if distinct else []:
-        readers.serve(block, data.draw(st.integers(1, 3)))
+        readers.serve(block)
         readers.fetch()
         readers.release(0)
     readers.drain()
@@ -369,13 +376,12 @@ def test_a_lease_cannot_be_given_back_twice() -> None:
 def test_a_wanted_block_stays_while_another_slot_is_still_on_its_way() -> None:
     readers = _Readers([0, 1, 2, 3, 4, 5], 2)
     readers.fetch()
-    readers.fetch()
     assert readers.ask(3) is None  # compute jumps ahead, and the slot of block 1 is slow
     readers.arrive(0)
     readers.fetch()
     readers.arrive(3)
     assert readers.ask(3) == Place(0, 0)
     readers.release(0)
-    assert readers.fetch() == Fetch(4, Place(0, 0))
+    assert readers.fetch() == [Fetch(4, Place(0, 0))]
     readers.arrive(4)
-    assert readers.fetch() is None  # not block 5 in place of block 4, which comes before it
+    assert readers.fetch() == []  # not block 5 in place of block 4, which comes before it

@@ -17,7 +17,7 @@ from distorch import vgpu
 from distorch.errors import StorageError
 from distorch.formats import TensorInfo
 from distorch.plan.blocks import Block, Part
-from distorch.tiers import Copied, Destination, Lying, Source, Store
+from distorch.tiers import Copied, Delivery, Destination, Lying, Source, Store
 from distorch.tiers.accelerator import AcceleratorTier
 from distorch.tiers.disk import DiskTier
 from distorch.tiers.host import HostTier
@@ -68,7 +68,7 @@ class Memory:
         memory[:] = bytes([GUARD]) * len(memory)
         self.left = self.tier.lies_ready(block)
         if not self.left:
-            self.tier.read(block, memory[: block.slot_bytes])
+            self.tier.read([(block, memory[: block.slot_bytes])])
         return memory
 
     def is_right(self, block: Block, slot: memoryview, *, left: bool | None = None) -> bool:
@@ -190,7 +190,7 @@ def test_a_slot_too_small_for_the_block_is_our_mistake(memory: Memory) -> None:
     if memory.moves:
         block = memory.blocks[0]
         with pytest.raises((AssertionError, ValueError, RuntimeError)):
-            memory.tier.read(block, view_bytes(allocate(block.nbytes - 64)))
+            memory.tier.read([(block, view_bytes(allocate(block.nbytes - 64)))])
 
 
 def test_forgetting_a_block_leaves_it_readable(memory: Memory) -> None:
@@ -216,6 +216,18 @@ def test_large_blocks_come_back_the_same_read_or_in_place(memory: Memory, tmp_pa
     large.source.close()
 
 
+def test_blocks_that_are_read_together_come_as_each_alone(memory: Memory) -> None:
+    """In another order than they lie in, too: a run of neighbours is one read."""
+    memory.fill()
+    for blocks in (memory.blocks, memory.blocks[::-1], memory.blocks[::2], ()):
+        slots = [view_bytes(allocate_pages(block.slot_bytes)) for block in blocks]
+        for slot in slots:
+            slot[:] = bytes([GUARD]) * len(slot)
+        memory.tier.read([*zip(blocks, slots, strict=True)])
+        for block, slot in zip(blocks, slots, strict=True):
+            assert memory.is_right(block, slot, left=False)
+
+
 def test_a_block_can_be_read_again_and_again(memory: Memory) -> None:
     memory.fill()
     for _ in range(3):
@@ -236,7 +248,7 @@ def test_reading_works_from_many_threads_at_once(memory: Memory) -> None:
         block = memory.blocks[number % len(memory.blocks)]
         slot = view_bytes(allocate(block.slot_bytes))
         slot[:] = bytes([GUARD]) * len(slot)
-        memory.tier.read(block, slot)
+        memory.tier.read([(block, slot)])
         return memory.is_right(block, slot, left=False)
 
     with ThreadPoolExecutor(8) as pool:
@@ -273,7 +285,7 @@ class _Broken(Copied):
     def read(self, wanted: Sequence[Destination]) -> None:
         raise StorageError(f"{len(wanted)} parts are gone")
 
-    def read_block(self, block: Block, slot: memoryview) -> None:
+    def read_blocks(self, wanted: Sequence[Delivery]) -> None:
         raise NotImplementedError
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
@@ -332,6 +344,6 @@ def test_the_null_tier_passes_the_time_that_its_link_would_take() -> None:
     tier = NullTier("disk", bytes_per_second=1e6, wait=waited.append)
     blocks = many_parts(3)
     for block in blocks:
-        tier.read(block, memoryview(b""))
+        tier.read([(block, memoryview(b""))])
     assert waited == [block.nbytes / 1e6 for block in blocks]
     assert tier.reads == [block.name for block in blocks]

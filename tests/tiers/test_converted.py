@@ -63,7 +63,7 @@ def test_every_way_of_reading_gives_the_librarys_bytes(dtype: str, tmp_path: Pat
     some = part(dtype, 7, 11)
     block = Block(name="b", parts=(some,), module=None)
     slot = bytearray(block.slot_bytes)
-    source.read_block(block, memoryview(slot))
+    source.read_blocks([(block, memoryview(slot))])
     assert slot[: some.nbytes] == whole[7 * row_bytes : 18 * row_bytes]
 
     out = bytearray(2 * row_bytes)

@@ -34,7 +34,7 @@ def _num_fds() -> int:
 
 def _is_right(tier: DiskTier, block: Block, data: dict[str, bytes]) -> bool:
     slot = memoryview(bytearray(block.nbytes))
-    tier.read(block, slot)
+    tier.read([(block, slot)])
     return all(bytes(out) == data[part.tensor] for part, out in destinations(block, slot))
 
 
@@ -53,7 +53,7 @@ def test_our_file_is_read_straight_into_a_slot(
     monkeypatch.setattr(reader.cache, "has_most", lambda *_: False)
     for block in blocks:
         slot = view_bytes(allocate_pages(block.slot_bytes))
-        tier.read(block, slot)
+        tier.read([(block, slot)])
         assert all(bytes(out) == data[part.tensor] for part, out in destinations(block, slot))
     tier.close()
 
@@ -225,4 +225,4 @@ def test_a_tier_that_cannot_open_its_file_for_reading_leaves_nothing(
 def test_a_read_before_any_put_is_our_mistake() -> None:
     (block,) = many_parts(1)
     with pytest.raises(AssertionError, match="after it was put"):
-        DiskTier("disk").read(block, memoryview(bytearray(block.nbytes)))
+        DiskTier("disk").read([(block, memoryview(bytearray(block.nbytes)))])

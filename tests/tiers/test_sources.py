@@ -244,7 +244,7 @@ def test_packed_parts_come_right_at_every_offset_from_a_sector(
     block, infos = _laid(noise, *((PACKED, at) for at in places[:: -1 if swapped else 1]))
     with _source(noise, infos, way) as source:
         slot = _slot(block, way)
-        source.read_block(block, slot)
+        source.read_blocks([(block, slot)])
         expected = [NOISE[info.offset :][: info.nbytes] for info in infos.values()]
         assert _in_slot(source, block, slot) == expected
         assert all(0 <= at <= block.slot_bytes for at in source.offsets(block))
@@ -256,7 +256,7 @@ def test_one_run_of_a_file_is_read_straight_into_its_slot(noise: Path, begin: in
     with _source(noise, infos, "direct") as source, pytest.MonkeyPatch.context() as patch:
         patch.setattr(FileReader, "_read_and_copy", None)
         slot = _slot(block, "direct")
-        source.read_block(block, slot)
+        source.read_blocks([(block, slot)])
         assert source.offsets(block)[0] == begin % SECTOR_BYTES
         assert _in_slot(source, block, slot)[0] == NOISE[begin:][: PACKED[2]]
 
@@ -270,7 +270,7 @@ def test_a_run_that_ends_with_its_file_comes_to_its_last_byte(
     block, infos = _laid(noise, (PACKED, begin))
     with _source(noise, infos, way) as source:
         slot = _slot(block, way)
-        source.read_block(block, slot)
+        source.read_blocks([(block, slot)])
         assert _in_slot(source, block, slot) == [NOISE[begin:][: PACKED[2]]]
 
 
@@ -284,7 +284,7 @@ def test_dense_parts_are_aligned_in_memory(noise: Path, way: str, begin: int, ga
         block, infos = _laid(noise, (kinds[0], begin), (kinds[1], second))
         with _source(noise, infos, way) as source:
             slot = _slot(block, way)
-            source.read_block(block, slot)
+            source.read_blocks([(block, slot)])
             for kind, at in zip(kinds, source.offsets(block), strict=True):
                 assert kind is PACKED or at % 64 == 0
             expected = [NOISE[info.offset :][: info.nbytes] for info in infos.values()]
@@ -308,7 +308,7 @@ def test_amended_parts_and_parts_of_several_files_lie_as_the_block_says(
         (FileSource(apart), expected[1]),
     ):
         slot = _slot(block, "direct")
-        source.read_block(block, slot)
+        source.read_blocks([(block, slot)])
         assert tuple(source.offsets(block)) == block.offsets
         assert _in_slot(source, block, slot) == [expected[0], second]
         source.close()
@@ -321,7 +321,7 @@ def test_a_run_of_rows_lies_where_the_file_has_it(noise: Path) -> None:
     block = Block(name="w[200:261]", parts=(part,), module=None)
     with _source(noise, infos, "direct") as source:
         slot = _slot(block, "direct")
-        source.read_block(block, slot)
+        source.read_blocks([(block, slot)])
         begin = 77 + 200 * row_bytes
         assert list(source.offsets(block)) == [begin % SECTOR_BYTES]
         assert _in_slot(source, block, slot) == [NOISE[begin:][: PACKED[2]]]

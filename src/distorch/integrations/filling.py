@@ -121,7 +121,7 @@ def _read_back(weight: Weight, plan: Plan, stores: Mapping[str, Store]) -> None:
         for number, part in enumerate(placement.block.parts):
             if part.tensor == weight.name:
                 store, slot = stores[placement.tier], allocate_pages(placement.block.slot_bytes)
-                store.read(placement.block, view_bytes(slot))
+                store.read([(placement.block, view_bytes(slot))])
                 begin = store.offsets(placement.block)[number]
                 rows.append((part.first_row, slot[begin : begin + part.nbytes]))
     raw = allocate(sum(len(piece) for _, piece in rows))

@@ -164,7 +164,7 @@ class Executor:
         placement = self.plan.placements[block]
         memory = allocate_pages(placement.block.slot_bytes)
         store = self._stores[placement.tier]
-        store.read(placement.block, view_bytes(memory))
+        store.read([(placement.block, view_bytes(memory))])
         return Lease(placement, memory, store.offsets(placement.block))
 
     def read_rows(self, block: int, rows: list[int], out: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from distorch.errors import DistorchError, ExecutorError
@@ -173,19 +173,26 @@ class Readers:
 
         A block that lies ready needs no reader: to wake one would take a core from the compute.
         """
-        while not self._closed and (fetch := self._schedule.next_fetch()) is not None:
-            placement = self._plan.placements[fetch.block]
-            store = self._stores[placement.tier]
-            if fetch.renews:
-                self._slots.renew(fetch.place.slot)
-            self._lying.discard(fetch.block)
-            if self._slots.lies_ready(store, placement.block):
-                self._lying.add(fetch.block)
-                self._schedule.arrived(fetch.block)
-                self._stats.cached_bytes += placement.block.nbytes
-            elif self._send(fetch, store, placement.block):
-                self._schedule.arrived(fetch.block)
-                self._stats.streamed_bytes += placement.block.nbytes
+        while not self._closed and (fetches := self._schedule.next_fetches()):
+            for fetch in fetches:
+                if not self._closed:  # a collection can close it at any time
+                    self._begin(fetch)
+            self._work.notify_all()
+
+    def _begin(self, fetch: Fetch) -> None:
+        """Use a block where it lies, or send it on its way (the lock is held)."""
+        placement = self._plan.placements[fetch.block]
+        store = self._stores[placement.tier]
+        if fetch.renews:
+            self._slots.renew(fetch.place.slot)
+        self._lying.discard(fetch.block)
+        if self._slots.lies_ready(store, placement.block):
+            self._lying.add(fetch.block)
+            self._schedule.arrived(fetch.block)
+            self._stats.cached_bytes += placement.block.nbytes
+        elif self._send(fetch, store, placement.block):
+            self._schedule.arrived(fetch.block)
+            self._stats.streamed_bytes += placement.block.nbytes
 
     def _send(self, fetch: Fetch, store: Store, block: Block) -> bool:
         """Let a device bring a block, or a reader; whether it is as good as there (lock held)."""
@@ -198,7 +205,6 @@ class Readers:
             return False
         queue = self._queue_of(store)
         (queue.appendleft if fetch.block == self._schedule.urgent else queue.append)(fetch)
-        self._work.notify_all()
         return False
 
     def _queue_of(self, store: Store) -> deque[Fetch]:
@@ -217,39 +223,55 @@ class Readers:
         return queue
 
     def _read_blocks(self, store: Store, queue: deque[Fetch]) -> None:
-        """A reader's life: take the next fetch, read, say so."""
-        while (fetch := self._next(queue)) is not None:
-            placement = self._plan.placements[fetch.block]
-            error: BaseException | None = None
-            try:
-                self._slots.fill(store, placement.block, fetch.place)
-            except BaseException as caught:  # noqa: BLE001  it is raised where the block is needed
-                error = caught
-            self._done(fetch, placement.block.nbytes, error)
+        """A reader's life: take what is next, read, say so."""
+        while fetches := self._next(queue):
+            self._done(fetches, self._read(store, fetches))
         if self._ended_by is threading.current_thread():
             self._finish()
 
-    def _next(self, queue: deque[Fetch]) -> Fetch | None:
-        """Sleep until there is something to read; None when all is over."""
+    def _next(self, queue: deque[Fetch]) -> list[Fetch]:
+        """Sleep until there is something to read, with small neighbours; none when all is over."""
         with self._work:
             self._work.wait_for(lambda: queue or self._closed)
             if self._closed:
-                return None
+                return []
             if self._num_reading == 0:
                 self._reading_since = time.perf_counter()
             self._num_reading += 1
-            return queue.popleft()
+            fetches = [queue.popleft()]
+            left_bytes = self._slots.together_bytes - self._block(fetches[0]).nbytes
+            while queue and queue[0].place.slot == fetches[0].place.slot:
+                left_bytes -= self._block(queue[0]).nbytes
+                if left_bytes < 0:
+                    break
+                fetches.append(queue.popleft())
+            return fetches
 
-    def _done(self, fetch: Fetch, nbytes: int, error: BaseException | None) -> None:
+    def _read(self, store: Store, fetches: Sequence[Fetch]) -> dict[int, BaseException]:
+        """Bring blocks to their places; return what keeps some from coming."""
+        try:
+            self._slots.fill(store, [(self._block(fetch), fetch.place) for fetch in fetches])
+        except BaseException as error:  # noqa: BLE001  it is raised where the block is needed
+            if len(fetches) == 1:
+                return {fetches[0].block: error}
+            errors = [self._read(store, [fetch]) for fetch in fetches]  # each for itself
+            return {block: error for found in errors for block, error in found.items()}
+        return {}
+
+    def _done(self, fetches: Sequence[Fetch], errors: Mapping[int, BaseException]) -> None:
         with self._arrived:
             self._num_reading -= 1
             if self._num_reading == 0:
                 self._stats.transfer_seconds += time.perf_counter() - self._reading_since
-            if error is None:
-                self._schedule.arrived(fetch.block)
-                self._stats.streamed_bytes += nbytes
-            else:
-                self._schedule.failed(fetch.block)
-                self._errors[fetch.block] = error
+            for fetch in fetches:
+                if fetch.block in errors:
+                    self._schedule.failed(fetch.block)
+                    self._errors[fetch.block] = errors[fetch.block]
+                else:
+                    self._schedule.arrived(fetch.block)
+                    self._stats.streamed_bytes += self._block(fetch).nbytes
             self._dispatch()
             self._arrived.notify_all()
+
+    def _block(self, fetch: Fetch) -> Block:
+        return self._plan.placements[fetch.block].block

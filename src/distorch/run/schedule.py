@@ -63,11 +63,11 @@ class Schedule:
     slot to itself.
 
     >>> schedule = Schedule(order=[10, 11, 12], num_slots=2)
-    >>> [schedule.next_fetch().block, schedule.next_fetch().block, schedule.next_fetch()]
-    [10, 11, None]
+    >>> [fetch.block for fetch in schedule.next_fetches()], schedule.next_fetches()
+    ([10, 11], [])
     >>> schedule.arrived(10); place = schedule.acquire(10); schedule.release(10)
-    >>> schedule.next_fetch()
-    Fetch(block=12, place=Place(slot=0, begin=0), renews=True)
+    >>> schedule.next_fetches()
+    [Fetch(block=12, place=Place(slot=0, begin=0), renews=True)]
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Schedule:
         self._urgent: int | None = None
         self._failed: set[int] = set()  # not tried again before somebody needs them
         self._step: list[int] | None = None
+        self._is_settled = False  # all that is wanted is here or on its way, until more is wanted
         self._set_order(order)
 
     @classmethod
@@ -122,6 +123,7 @@ class Schedule:
         When an order has come twice, what still lies as an earlier one had it gives up its slot.
         """
         seen, self._step = self._step, None
+        self._is_settled = False
         if not complete:
             self._cursor = 0
         elif seen and tuple(seen) != self._order:
@@ -138,6 +140,7 @@ class Schedule:
             self._urgent = block
             self._failed.discard(block)
             self._advance_to(block)
+            self._is_settled = False
             return None
         self._urgent = None
         if self._advance_to(block):
@@ -152,6 +155,8 @@ class Schedule:
         held = self._held[block]
         assert held.num_leases > 0, "a lease is given back once"
         held.num_leases -= 1
+        if not self._goes_on(block):
+            self._is_settled = False
 
     def arrived(self, block: int) -> None:
         """Say that a fetch has ended well."""
@@ -161,27 +166,24 @@ class Schedule:
         """Say that a fetch has failed: its place is empty, it waits until needed."""
         del self._held[block]
         self._failed.add(block)
+        self._is_settled = False
         if block == self._urgent:
             self._urgent = None
 
-    def next_fetch(self) -> Fetch | None:
-        """Return the next copy to start, or None while there is nothing to do or no room."""
-        wanted = self._wanted()
-        missing = next((block for block in wanted if block not in self._held), None)
-        if missing is None:
-            return None
-        seat = self._seats.get(missing)
-        slot = self._slot_of(seat)
-        renews = slot is None
-        if slot is None:
-            slot = self._room(missing, [*wanted])
-            if slot is None:
-                return None
-            self._clear(slot)
-            self._groups[slot] = None if seat is None else seat.group
-        place = self._place(slot, seat)
-        self._held[missing] = _Held(place)
-        return Fetch(missing, place, renews)
+    def next_fetches(self) -> list[Fetch]:
+        """Return the copies to start now, soonest needed first; none where there is no room."""
+        found: list[Fetch] = []
+        if self._is_settled:
+            return found
+        rank = {block: place for place, block in enumerate(self._wanted())}
+        for block in rank:
+            if block not in self._held:
+                fetch = self._fetch(block, rank)
+                if fetch is None:
+                    return found
+                found.append(fetch)
+        self._is_settled = self._urgent is None
+        return found
 
     @property
     def is_stuck(self) -> bool:
@@ -192,6 +194,21 @@ class Schedule:
             and self._slot_of(self._seats.get(self._urgent)) is None
             and len(self._leased_slots()) == len(self._groups)
         )
+
+    def _fetch(self, block: int, rank: Mapping[int, int]) -> Fetch | None:
+        """Give a block its place: beside its neighbours, or in a slot that can be given up."""
+        seat = self._seats.get(block)
+        slot = self._slot_of(seat)
+        renews = slot is None
+        if slot is None:
+            slot = self._room(block, rank)
+            if slot is None:
+                return None
+            self._clear(slot)
+            self._groups[slot] = None if seat is None else seat.group
+        place = self._place(slot, seat)
+        self._held[block] = _Held(place)
+        return Fetch(block, place, renews)
 
     def _wanted(self) -> dict[int, None]:
         """The next blocks that no lease holds, of as many groups as the ring has room for."""
@@ -229,16 +246,15 @@ class Schedule:
     def _leased_slots(self) -> set[int]:
         return {held.place.slot for held in self._held.values() if held.num_leases}
 
-    def _room(self, missing: int, wanted: Sequence[int]) -> int | None:
+    def _room(self, missing: int, rank: Mapping[int, int]) -> int | None:
         """A slot to write: an empty one, one with nothing that is wanted, or only wanted later."""
         idle = self._idle_slots()
         if not idle:
             return None
-        rank = {block: place for place, block in enumerate(wanted)}
-        distances = [len(wanted) + 1] * len(self._groups)
+        distances = [len(rank) + 1] * len(self._groups)
         for block, held in self._held.items():
             slot = held.place.slot
-            distances[slot] = min(distances[slot], rank.get(block, len(wanted)))
+            distances[slot] = min(distances[slot], rank.get(block, len(rank)))
         best = max(idle, key=lambda slot: (distances[slot], -slot))
         return best if distances[best] > rank[missing] else None
 
@@ -249,10 +265,16 @@ class Schedule:
     def _advance_to(self, block: int) -> bool:
         """Move to the next visit of ``block``; a block that is not in the order moves nothing."""
         places = self._places.get(block)
-        if places:
+        if places and self._order[self._cursor] != block:
             size = len(self._order)
             self._cursor = min(places, key=lambda place: (place - self._cursor) % size)
+            self._is_settled = False
         return bool(places)
+
+    def _goes_on(self, block: int) -> bool:
+        """Whether the next visit is of the same group: then no slot can be given up now."""
+        seat = self._seats.get(block)
+        return seat is not None and seat.group == self._seats[self._order[self._cursor]].group
 
     def _set_order(self, order: Sequence[int]) -> None:
         self._order = tuple(order)

@@ -9,6 +9,7 @@ that its slot has held before to have come and to have been read, and compute fo
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -45,6 +46,9 @@ class Slots(Protocol):
     memory: Tensor
     """All of it, flat."""
 
+    together_bytes: int
+    """As much `fill` is best given at once, of neighbours in a slot."""
+
     def renew(self, slot: int) -> None:
         """Say that nobody needs what a slot has held, and other blocks will come."""
 
@@ -54,8 +58,8 @@ class Slots(Protocol):
     def send(self, store: Store, block: Block, place: Place) -> bool:
         """Queue the copy of a block to a place without waiting; False: a thread must `fill` it."""
 
-    def fill(self, store: Store, block: Block, place: Place) -> None:
-        """Bring a block to a place; called from a reader's thread."""
+    def fill(self, store: Store, wanted: Sequence[tuple[Block, Place]]) -> None:
+        """Bring blocks to their places; called from a reader's thread."""
 
     def approach(self) -> None:
         """Say that compute is about to need a block, and may have to wait for it."""
@@ -99,6 +103,8 @@ def open_slots(ring: Ring, compute: str, pins: Pins) -> Slots:
 class HostSlots:
     """Slots in host memory."""
 
+    together_bytes = 8 << 20  # small neighbours come in one read, large ones by themselves
+
     def __init__(self, ring: Ring) -> None:
         self.memory = allocate_pages(ring.nbytes)
         self._bytes = view_bytes(self.memory)
@@ -114,9 +120,14 @@ class HostSlots:
         """The host copies with a thread of its own."""
         return False
 
-    def fill(self, store: Store, block: Block, place: Place) -> None:
-        """Read a block to its place."""
-        store.read(block, self._bytes[place.begin : place.begin + block.slot_bytes])
+    def fill(self, store: Store, wanted: Sequence[tuple[Block, Place]]) -> None:
+        """Read blocks to their places."""
+        store.read(
+            [
+                (block, self._bytes[place.begin : place.begin + block.slot_bytes])
+                for block, place in wanted
+            ]
+        )
 
     def approach(self) -> None:
         """Who waits on the host notes it there."""
@@ -166,6 +177,8 @@ class _Turn:
 class DeviceSlots:
     """Slots on an accelerator."""
 
+    together_bytes = 0  # each block passes through memory of its own
+
     def __init__(self, ring: Ring, device: torch.device, pins: Pins) -> None:
         self.memory = reserve(device, ring.nbytes)
         self._ring = ring
@@ -201,12 +214,13 @@ class DeviceSlots:
         turn.ready[place.begin] = ready
         return True
 
-    def fill(self, store: Store, block: Block, place: Place) -> None:
-        """Read a block into pinned memory, and send it from there."""
-        turn, ready = self._turns[place.slot], torch.Event(device=self._device)
-        target = self._at(place, block.slot_bytes)
-        self._link(store).bring(store, block, target, turn.before, ready)
-        turn.ready[place.begin] = ready
+    def fill(self, store: Store, wanted: Sequence[tuple[Block, Place]]) -> None:
+        """Read blocks into pinned memory, and send them from there."""
+        for block, place in wanted:
+            turn, ready = self._turns[place.slot], torch.Event(device=self._device)
+            target = self._at(place, block.slot_bytes)
+            self._link(store).bring(store, block, target, turn.before, ready)
+            turn.ready[place.begin] = ready
 
     def approach(self) -> None:
         """Note when the current stream has done all before, and could go on.

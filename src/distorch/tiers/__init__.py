@@ -14,10 +14,16 @@ from distorch.plan.blocks import Block, Part
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Copied", "Destination", "Lying", "Source", "Store", "destinations"]
+__all__ = ["Copied", "Delivery", "Destination", "Lying", "Source", "Store", "destinations"]
 
 Destination = tuple[Part, memoryview]
 """A part, and the writable bytes it goes to (exactly ``part.nbytes`` of them)."""
+
+Delivery = tuple[Block, memoryview]
+"""A block, and the slot of ``block.slot_bytes`` or more that it goes to.
+
+What is in the slot beside the parts may be anything.
+"""
 
 Lying = Sequence[memoryview]
 """For each part of a block, its bytes where they lie."""
@@ -30,10 +36,10 @@ class Source(Protocol):
         """Copy each part's bytes to its destination; called from several threads at once."""
 
     def offsets(self, block: Block) -> Sequence[int]:
-        """Where `read_block` puts each part; always the same for a block."""
+        """Where `read_blocks` puts each part; always the same for a block."""
 
-    def read_block(self, block: Block, slot: memoryview) -> None:
-        """Fill a slot of ``block.slot_bytes`` or more; what is beside the parts may be anything."""
+    def read_blocks(self, wanted: Sequence[Delivery]) -> None:
+        """Copy blocks into their slots: neighbours in one read."""
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a part, counted from the part's first, one after another."""
@@ -71,11 +77,8 @@ class Store(Protocol):
     def offsets(self, block: Block) -> Sequence[int]:
         """Where each part is in a slot that `read` or a copy has filled; the same for ever."""
 
-    def read(self, block: Block, slot: memoryview) -> None:
-        """Copy a block into a slot of ``block.slot_bytes`` or more; called from reader threads.
-
-        What is in the slot beside the parts may be anything.
-        """
+    def read(self, wanted: Sequence[Delivery]) -> None:
+        """Copy blocks into their slots; called from reader threads."""
 
     def lies_ready(self, block: Block) -> bool:
         """Whether the block can be used where it lies, at once and without a copy."""

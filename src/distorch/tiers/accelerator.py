@@ -11,7 +11,7 @@ from torch import Tensor
 from distorch.errors import AllocationError, ExecutorError
 from distorch.plan.blocks import Block
 from distorch.plan.plan import gib
-from distorch.tiers import Copied, Source, destinations
+from distorch.tiers import Copied, Delivery, Source, destinations
 from distorch.tiers.memory import view_bytes
 from distorch.tiers.pinned import Pins
 from distorch.tiers.slabs import Slabs
@@ -108,11 +108,12 @@ class AcceleratorTier(Copied):
         """Return the block's flat bytes: devices copy from each other by themselves."""
         return self._blocks[block.name]
 
-    def read(self, block: Block, slot: memoryview) -> None:
-        """Copy a block into a slot in host memory, and wait for it."""
+    def read(self, wanted: Sequence[Delivery]) -> None:
+        """Copy blocks into their slots in host memory, and wait for them."""
         with _told(self.name):
-            target = torch.frombuffer(slot, dtype=torch.uint8)[: block.nbytes]
-            target.copy_(self._blocks[block.name])
+            for block, slot in wanted:
+                target = torch.frombuffer(slot, dtype=torch.uint8)[: block.nbytes]
+                target.copy_(self._blocks[block.name])
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a block's only part into host memory."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distorch.plan.blocks import Block
-from distorch.tiers import Copied, Source, Store
+from distorch.tiers import Copied, Delivery, Source, Store
 from distorch.tiers.accelerator import reserve
 from distorch.tiers.memory import view_bytes
 from distorch.tiers.pinned import Pins
@@ -99,9 +99,10 @@ class CachedTier(Copied):
         """Where `read` puts each part."""
         return self._homes[block.name].offsets(block)
 
-    def read(self, block: Block, slot: memoryview) -> None:
-        """Read a block from its home."""
-        self._homes[block.name].read(block, slot)
+    def read(self, wanted: Sequence[Delivery]) -> None:
+        """Read blocks from their homes."""
+        for block, slot in wanted:
+            self._homes[block.name].read([(block, slot)])
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Read single rows of a block from its home."""
@@ -119,7 +120,7 @@ class CachedTier(Copied):
             return
         staged = self._pins.allocate(block.slot_bytes)
         try:
-            home.read(block, view_bytes(staged))
+            home.read([(block, view_bytes(staged))])
             for part, there, begin in zip(
                 block.parts, home.offsets(block), block.offsets, strict=True
             ):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import prod
 
 from distorch.formats import DTYPES, TensorInfo
-from distorch.plan.blocks import Block, Part
-from distorch.tiers import Copied, Destination, Source, destinations
+from distorch.plan.blocks import Part
+from distorch.tiers import Copied, Delivery, Destination, Source, destinations
 
 __all__ = ["Conversion", "Convert", "ConvertedSource"]
 
@@ -48,9 +48,9 @@ class ConvertedSource(Copied):
             if part.tensor in self._conversions:
                 self._convert(part, out)
 
-    def read_block(self, block: Block, slot: memoryview) -> None:
-        """Bring a block's parts to their offsets."""
-        self.read(destinations(block, slot))
+    def read_blocks(self, wanted: Sequence[Delivery]) -> None:
+        """Bring each block's parts to their offsets."""
+        self.read([part for block, slot in wanted for part in destinations(block, slot)])
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy or convert single rows."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distorch.errors import StorageError
 from distorch.plan.blocks import Block, Part, whole_sectors
-from distorch.tiers import Copied, Destination, Lying, Source, destinations
+from distorch.tiers import Copied, Delivery, Destination, Lying, Source, destinations
 from distorch.tiers.file_reader import FileReader
 
 __all__ = ["DiskTier"]
@@ -55,9 +55,9 @@ class DiskTier:
         """Where `read` puts each part."""
         return self._read_from.offsets(block)
 
-    def read(self, block: Block, slot: memoryview) -> None:
-        """Read a block past the page cache."""
-        self._read_from.read_block(block, slot)
+    def read(self, wanted: Sequence[Delivery]) -> None:
+        """Read blocks past the page cache."""
+        self._read_from.read_blocks(wanted)
 
     def lies_ready(self, block: Block) -> bool:
         """Whether the block is in the page cache, as it is wanted."""
@@ -126,11 +126,14 @@ class _Spill(Copied):
     def read(self, wanted: Sequence[Destination]) -> None:
         self._reader.read([(self._offsets[p.tensor, p.first_row], out) for p, out in wanted])
 
-    def read_block(self, block: Block, slot: memoryview) -> None:
-        assert len(slot) >= block.nbytes, "a block fits its slot"
-        first = block.parts[0]
-        start = self._offsets[first.tensor, first.first_row]
-        self._reader.read([(start, slot[: whole_sectors(block.nbytes)])])
+    def read_blocks(self, wanted: Sequence[Delivery]) -> None:
+        segments = []
+        for block, slot in wanted:
+            assert len(slot) >= block.nbytes, "a block fits its slot"
+            first = block.parts[0]
+            start = self._offsets[first.tensor, first.first_row]
+            segments.append((start, slot[: whole_sectors(block.nbytes)]))
+        self._reader.read(segments)
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         start = self._offsets[part.tensor, part.first_row]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distorch.plan.blocks import Block
-from distorch.tiers import Copied, Source, destinations
+from distorch.tiers import Copied, Delivery, Source, destinations
 from distorch.tiers.memory import allocate, view_bytes
 from distorch.tiers.pinned import Pins
 from distorch.tiers.slabs import Slabs
@@ -58,9 +58,11 @@ class HostTier(Copied):
         memory = self._blocks[block.name]
         return memory if self._pins is not None and self._pins.has(memory) else None
 
-    def read(self, block: Block, slot: memoryview) -> None:
-        """Copy a block into a slot."""
-        torch.frombuffer(slot, dtype=torch.uint8)[: block.nbytes].copy_(self._blocks[block.name])
+    def read(self, wanted: Sequence[Delivery]) -> None:
+        """Copy blocks into their slots."""
+        for block, slot in wanted:
+            target = torch.frombuffer(slot, dtype=torch.uint8)[: block.nbytes]
+            target.copy_(self._blocks[block.name])
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows of a block's only part."""

@@ -92,7 +92,7 @@ class Link:
         try:
             staged.drained.synchronize()
             size = min(block.slot_bytes, len(slot))
-            store.read(block, view_bytes(staged.memory)[:size])
+            store.read([(block, view_bytes(staged.memory)[:size])])
             self.send(staged.memory[:size], slot[:size], after, ready)
             staged.drained.record(self.stream)
         finally:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from distorch.plan.blocks import Block
-from distorch.tiers import Copied, Source
+from distorch.tiers import Copied, Delivery, Source
 
 __all__ = ["NullTier"]
 
@@ -21,7 +21,7 @@ class NullTier(Copied):
     >>> tier = NullTier("disk", bytes_per_second=1e9, wait=say)
     >>> from distorch.plan.blocks import Part
     >>> part = Part(tensor="w", dtype="U8", shape=(1 << 20,), nbytes=1 << 20)
-    >>> _ = tier.read(Block(name="w", parts=(part,), module="w"), memoryview(b""))
+    >>> tier.read([(Block(name="w", parts=(part,), module="w"), memoryview(b""))])
     0.001 s
     """
 
@@ -42,11 +42,12 @@ class NullTier(Copied):
         """Count a block."""
         self.nbytes += block.nbytes
 
-    def read(self, block: Block, slot: memoryview) -> None:  # noqa: ARG002  nothing is written
-        """Note a read and let its time pass."""
-        self.reads.append(block.name)
-        if self._bytes_per_second:
-            self._wait(block.nbytes / self._bytes_per_second)
+    def read(self, wanted: Sequence[Delivery]) -> None:
+        """Note what is read, write nothing, and let its time pass."""
+        for block, _ in wanted:
+            self.reads.append(block.name)
+            if self._bytes_per_second:
+                self._wait(block.nbytes / self._bytes_per_second)
 
     def read_rows(self, block: Block, rows: Sequence[int], out: memoryview) -> None:
         """Note a look-up."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from distorch.formats import DTYPES, TensorInfo
 from distorch.plan.blocks import CPU_ALIGNMENT_BYTES, SECTOR_BYTES, Block, Part, whole_sectors
-from distorch.tiers import Copied, Destination, Lying, destinations
+from distorch.tiers import Copied, Delivery, Destination, Lying, destinations
 from distorch.tiers.file_reader import FileReader
 
 __all__ = ["Amend", "FileSource", "MemorySource"]
@@ -69,19 +69,22 @@ class FileSource:
                 self._amend[part.tensor](out)
 
     def offsets(self, block: Block) -> Sequence[int]:
-        """Where `read_block` puts each part."""
+        """Where `read_blocks` puts each part."""
         return self._layout(block)[0]
 
-    def read_block(self, block: Block, slot: memoryview) -> None:
-        """Fill a slot; a block that is one run of a file comes as the disk has it, in sectors."""
-        _, span = self._layout(block)
-        if span is None:
-            self.read(destinations(block, slot))
-        else:
+    def read_blocks(self, wanted: Sequence[Delivery]) -> None:
+        """Fill slots; a block that is one run of a file comes as the disk has it, in sectors."""
+        apart: list[Destination] = []
+        for block, slot in wanted:
+            _, span = self._layout(block)
+            if span is None:
+                apart += destinations(block, slot)
+                continue
             path, start, size = span
             assert len(slot) >= size, "a block fits the slot it is read into"
             reader = self._readers[path]
             reader.read([(start, slot[: min(whole_sectors(size), reader.nbytes - start)])])
+        self.read(apart)
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows from their file."""
@@ -179,9 +182,9 @@ class MemorySource(Copied):
             # numpy lets go of the interpreter while it copies; a slice of a memoryview does not
             np.frombuffer(out, np.uint8)[:] = np.frombuffer(found, np.uint8)
 
-    def read_block(self, block: Block, slot: memoryview) -> None:
-        """Copy a block's parts to their offsets."""
-        self.read(destinations(block, slot))
+    def read_blocks(self, wanted: Sequence[Delivery]) -> None:
+        """Copy each block's parts to their offsets."""
+        self.read([part for block, slot in wanted for part in destinations(block, slot)])
 
     def read_rows(self, part: Part, rows: Sequence[int], out: memoryview) -> None:
         """Copy single rows."""
