@@ -3,7 +3,7 @@
 Each library has a process of its own in a control group of its own. When all are prepared, the
 limit of each group is set to what its process has then, and as much for each beside: for what is
 computed, and half of the model's bytes for weights and the page cache. They run in turns. Ours runs
-twice: with nothing at rest, and with a tenth of the weights at rest within that half. The others
+twice: with nothing at rest, and with a quarter of the weights at rest within that half. The others
 have no use for memory beyond their groups of layers.
 """
 
@@ -52,7 +52,7 @@ _MOST_TOKENS = 1024
 _SEED = 0
 _ALONE = "reading"
 _NOTHING = "cpu,0b;disk,*"
-_OURS = {"ours": _NOTHING, "ours, 10 %": "cpu,10%;disk,90%"}
+_OURS = {"ours": _NOTHING, "ours, 25 %": "cpu,25%;disk,75%"}
 _PEERS = {"accelerate": accelerate_offload, "diffusers": diffusers_offload}
 
 

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from distorch.plan.blocks import Block
 from distorch.tiers import Copied, Delivery, Source, destinations
-from distorch.tiers.memory import allocate, view_bytes
+from distorch.tiers.memory import allocate, allocate_pages, view_bytes
 from distorch.tiers.pinned import Pins
 from distorch.tiers.slabs import Slabs
 
 __all__ = ["HostTier"]
+
+_LARGE_BYTES = 1 << 20  # in pages of its own: what malloc is given back, it may keep for ever
 
 
 class HostTier(Copied):
@@ -44,7 +46,7 @@ class HostTier(Copied):
 
     def put(self, block: Block, source: Source) -> None:
         """Read a block straight into its place."""
-        memory = allocate(block.nbytes) if self._slabs is None else self._slabs.place(block)
+        memory = self._allocate(block)
         source.read(destinations(block, view_bytes(memory)))
         self._blocks[block.name] = memory
         self.nbytes += block.nbytes
@@ -80,3 +82,8 @@ class HostTier(Copied):
             for slab in self._slabs.clear():
                 self._pins.free(slab)
         self.nbytes = 0
+
+    def _allocate(self, block: Block) -> Tensor:
+        if self._slabs is not None:
+            return self._slabs.place(block)
+        return (allocate if block.nbytes < _LARGE_BYTES else allocate_pages)(block.nbytes)
