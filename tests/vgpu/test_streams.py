@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from distorch import vgpu
+from tests.timed import timed
 
-pytestmark = pytest.mark.vgpu
+pytestmark = [pytest.mark.vgpu, timed]  # what has not happened yet, and what has
 
 DEVICE = "vgpu:0"
 MIB = 2**20

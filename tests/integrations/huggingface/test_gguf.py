@@ -262,7 +262,7 @@ def test_a_damaged_number_of_layers_does_not_build_them_all(tmp_path: Path) -> N
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=25,
+        timeout=100,
         check=False,
     )
     assert ended.stdout.startswith("refused:"), ended.stderr[-1000:]
