@@ -4,7 +4,7 @@ The schedule knows the order of a step's visits. Ahead of the compute, it wants 
 that order, as many as the ring has room for, and gives up a slot only when none of its blocks is
 among them: the block needed last goes first (Belady's rule over the window that the ring can hold).
 The order is a circle, so the end of one step already wants the start of the next. Small neighbours
-share a slot (`distorch.plan.sharing`): they come one by one, and give it up together.
+share a slot (`distorch.plan.sharing`), and give it up together.
 
 The executor runs it with threads and memories, the simulator with a clock and none.
 """
