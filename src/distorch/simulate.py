@@ -299,7 +299,7 @@ class _Run:
         self._note(arrived.tier, arrived.block, arrived.began, at)
 
     def _dispatch(self) -> None:
-        for fetch in self._schedule.next_fetches():
+        while (fetch := self._schedule.next_fetch()) is not None:
             placement = self._plan.placements[fetch.block]
             transfer = Transfer(placement.tier, fetch.block, placement.block.nbytes)
             self._under_way[fetch.block] = transfer

@@ -289,7 +289,7 @@ FORGOTTEN_IN_A_READER = """
         executor.release(executor.acquire(index))
     readers = executor._readers
     threads = list(readers._threads)
-    decide, collected = readers._schedule.next_fetches, threading.Event()
+    decide, collected = readers._schedule.next_fetch, threading.Event()
 
     def decide_and_collect():  # where Python would collect by itself: an allocation under the lock
         if forgotten.is_set() and not collected.is_set():
@@ -298,7 +298,7 @@ FORGOTTEN_IN_A_READER = """
         return decide()
 
     forgotten = threading.Event()
-    readers._schedule.next_fetches = decide_and_collect
+    readers._schedule.next_fetch = decide_and_collect
     executor.itself = executor  # a model, its hooks and its executor are such a circle
     del executor
     forgotten.set()

@@ -173,26 +173,19 @@ class Readers:
 
         A block that lies ready needs no reader: to wake one would take a core from the compute.
         """
-        while not self._closed and (fetches := self._schedule.next_fetches()):
-            for fetch in fetches:
-                if not self._closed:  # a collection can close it at any time
-                    self._begin(fetch)
-            self._work.notify_all()
-
-    def _begin(self, fetch: Fetch) -> None:
-        """Use a block where it lies, or send it on its way (the lock is held)."""
-        placement = self._plan.placements[fetch.block]
-        store = self._stores[placement.tier]
-        if fetch.renews:
-            self._slots.renew(fetch.place.slot)
-        self._lying.discard(fetch.block)
-        if self._slots.lies_ready(store, placement.block):
-            self._lying.add(fetch.block)
-            self._schedule.arrived(fetch.block)
-            self._stats.cached_bytes += placement.block.nbytes
-        elif self._send(fetch, store, placement.block):
-            self._schedule.arrived(fetch.block)
-            self._stats.streamed_bytes += placement.block.nbytes
+        while not self._closed and (fetch := self._schedule.next_fetch()) is not None:
+            placement = self._plan.placements[fetch.block]
+            store = self._stores[placement.tier]
+            if fetch.renews:
+                self._slots.renew(fetch.place.slot)
+            self._lying.discard(fetch.block)
+            if self._slots.lies_ready(store, placement.block):
+                self._lying.add(fetch.block)
+                self._schedule.arrived(fetch.block)
+                self._stats.cached_bytes += placement.block.nbytes
+            elif self._send(fetch, store, placement.block):
+                self._schedule.arrived(fetch.block)
+                self._stats.streamed_bytes += placement.block.nbytes
 
     def _send(self, fetch: Fetch, store: Store, block: Block) -> bool:
         """Let a device bring a block, or a reader; whether it is as good as there (lock held)."""
@@ -205,6 +198,7 @@ class Readers:
             return False
         queue = self._queue_of(store)
         (queue.appendleft if fetch.block == self._schedule.urgent else queue.append)(fetch)
+        self._work.notify_all()
         return False
 
     def _queue_of(self, store: Store) -> deque[Fetch]:

@@ -11,6 +11,7 @@ The executor runs it with threads and memories, the simulator with a clock and n
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -63,11 +64,11 @@ class Schedule:
     slot to itself.
 
     >>> schedule = Schedule(order=[10, 11, 12], num_slots=2)
-    >>> [fetch.block for fetch in schedule.next_fetches()], schedule.next_fetches()
-    ([10, 11], [])
+    >>> [schedule.next_fetch().block, schedule.next_fetch().block, schedule.next_fetch()]
+    [10, 11, None]
     >>> schedule.arrived(10); place = schedule.acquire(10); schedule.release(10)
-    >>> schedule.next_fetches()
-    [Fetch(block=12, place=Place(slot=0, begin=0), renews=True)]
+    >>> schedule.next_fetch()
+    Fetch(block=12, place=Place(slot=0, begin=0), renews=True)
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class Schedule:
         self._urgent: int | None = None
         self._failed: set[int] = set()  # not tried again before somebody needs them
         self._step: list[int] | None = None
-        self._is_settled = False  # all that is wanted is here or on its way, until more is wanted
+        self._fetches: deque[Fetch] = deque()  # have a place, and are not begun
+        self._is_settled = False  # all that is wanted has a place, until more is wanted
         self._set_order(order)
 
     @classmethod
@@ -155,7 +157,7 @@ class Schedule:
         held = self._held[block]
         assert held.num_leases > 0, "a lease is given back once"
         held.num_leases -= 1
-        if not self._goes_on(block):
+        if not self._goes_on(held.place.slot):
             self._is_settled = False
 
     def arrived(self, block: int) -> None:
@@ -170,20 +172,11 @@ class Schedule:
         if block == self._urgent:
             self._urgent = None
 
-    def next_fetches(self) -> list[Fetch]:
-        """Return the copies to start now, soonest needed first; none where there is no room."""
-        found: list[Fetch] = []
-        if self._is_settled:
-            return found
-        rank = {block: place for place, block in enumerate(self._wanted())}
-        for block in rank:
-            if block not in self._held:
-                fetch = self._fetch(block, rank)
-                if fetch is None:
-                    return found
-                found.append(fetch)
-        self._is_settled = self._urgent is None
-        return found
+    def next_fetch(self) -> Fetch | None:
+        """Return the next copy to start, or None while there is nothing to do or no room."""
+        if not self._fetches and not self._is_settled:
+            self._look_ahead()
+        return self._fetches.popleft() if self._fetches else None
 
     @property
     def is_stuck(self) -> bool:
@@ -195,20 +188,29 @@ class Schedule:
             and len(self._leased_slots()) == len(self._groups)
         )
 
-    def _fetch(self, block: int, rank: Mapping[int, int]) -> Fetch | None:
-        """Give a block its place: beside its neighbours, or in a slot that can be given up."""
+    def _look_ahead(self) -> None:
+        """Give places to what is wanted and has none, as far as there is room."""
+        rank = {block: place for place, block in enumerate(self._wanted())}
+        for block in rank:
+            if block not in self._held and not self._seated(block, rank):
+                return
+        self._is_settled = self._urgent is None
+
+    def _seated(self, block: int, rank: Mapping[int, int]) -> bool:
+        """Give a block its place, beside its neighbours or in a slot that can be given up."""
         seat = self._seats.get(block)
         slot = self._slot_of(seat)
         renews = slot is None
         if slot is None:
             slot = self._room(block, rank)
             if slot is None:
-                return None
+                return False
             self._clear(slot)
             self._groups[slot] = None if seat is None else seat.group
         place = self._place(slot, seat)
         self._held[block] = _Held(place)
-        return Fetch(block, place, renews)
+        self._fetches.append(Fetch(block, place, renews))
+        return True
 
     def _wanted(self) -> dict[int, None]:
         """The next blocks that no lease holds, of as many groups as the ring has room for."""
@@ -271,10 +273,10 @@ class Schedule:
             self._is_settled = False
         return bool(places)
 
-    def _goes_on(self, block: int) -> bool:
-        """Whether the next visit is of the same group: then no slot can be given up now."""
-        seat = self._seats.get(block)
-        return seat is not None and seat.group == self._seats[self._order[self._cursor]].group
+    def _goes_on(self, slot: int) -> bool:
+        """Whether the next visit is of a slot's group: then no slot can be given up now."""
+        group = self._groups[slot]
+        return group is not None and group == self._seats[self._order[self._cursor]].group
 
     def _set_order(self, order: Sequence[int]) -> None:
         self._order = tuple(order)
