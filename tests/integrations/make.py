@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,15 @@ def num_readers() -> int:
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 0
+
+
+@contextmanager
+def leaving_nothing_open() -> Iterator[None]:
+    """See that what follows leaves no file open and no thread of ours running."""
+    gc.collect()  # what earlier tests have forgotten could go meanwhile
+    before = num_readers(), open_files()
+    yield
+    assert (num_readers(), open_files()) == before
 
 
 def stores(handle: Handle) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tests.integrations.make import (
     ALLOCATIONS,
     check_bytes,
     equal,
+    leaving_nothing_open,
     num_hooks,
     num_readers,
     open_files,
@@ -98,8 +99,7 @@ def test_a_read_that_fails_is_raised_where_the_block_is_needed_and_the_next_pass
 
 def test_rebudget_moves_the_weights_and_keeps_the_bits(machine: Machine) -> None:
     module, x = nn.Sequential(Own(), Bag()), torch.randn(2, 32)
-    readers = num_readers()
-    with torch.inference_mode():
+    with leaving_nothing_open(), torch.inference_mode():
         expected = module(x)
         handle = distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
         for wanted in (*ALLOCATIONS, *reversed(ALLOCATIONS)):
@@ -107,8 +107,7 @@ def test_rebudget_moves_the_weights_and_keeps_the_bits(machine: Machine) -> None
             assert distorch.handle_of(module) is handle
             assert equal(module(x), expected)
             check_bytes(handle)
-    handle.remove()
-    assert num_readers() == readers
+        handle.remove()
     assert equal(module(x), expected)
 
 
@@ -180,15 +179,13 @@ def test_a_removed_handle_says_so(machine: Machine) -> None:
 
 
 def test_a_forgotten_module_leaves_no_thread_and_no_file(machine: Machine) -> None:
-    gc.collect()
-    readers, files = num_readers(), open_files()
-    module = Bag()
-    distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
-    module(torch.randn(2, 32))
-    assert num_readers() > readers
-    del module
-    gc.collect()
-    assert (num_readers(), open_files()) == (readers, files)
+    with leaving_nothing_open():
+        readers, module = num_readers(), Bag()
+        distorch.distribute(module, "cpu,0b;disk,*", machine=machine)
+        module(torch.randn(2, 32))
+        assert num_readers() > readers
+        del module
+        gc.collect()
 
 
 def test_what_is_discarded_leaves_no_memory_no_hook_no_thread_and_no_file(machine: Machine) -> None:

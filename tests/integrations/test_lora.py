@@ -165,8 +165,8 @@ def test_adding_and_removing_a_hundred_times_leaves_nothing() -> None:
         handle.loras["lora"].remove()
         assert not handle.loras
         if cycle == 19:  # allocators have what they keep
-            counted = num_hooks(module), num_readers(), open_files(), handle.weight_bytes
             gc.collect()
+            counted = num_hooks(module), num_readers(), open_files(), handle.weight_bytes
             before = _rss()
     assert counted == (num_hooks(module), num_readers(), open_files(), handle.weight_bytes)
     gc.collect()

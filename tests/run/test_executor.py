@@ -203,6 +203,7 @@ def test_blocks_are_served_in_inference_mode() -> None:
 
 @pytest.mark.parametrize("num_visits", [0, 1, 7])
 def test_close_ends_every_thread_even_in_the_middle_of_a_read(num_visits: int) -> None:
+    gc.collect()  # what earlier tests have forgotten could go meanwhile
     before = threading.active_count()
     plan = streaming_plan(equal_blocks(6, 64), num_slots=3)
     store = Watched(NullTier("disk", bytes_per_second=64e3 / 3))
@@ -261,6 +262,7 @@ def test_a_lease_may_be_given_back_after_close() -> None:
 
 
 def test_a_forgotten_executor_ends_its_threads_and_closes_its_stores() -> None:
+    gc.collect()  # what earlier tests have forgotten could go meanwhile
     before = threading.active_count()
     plan = streaming_plan(equal_blocks(6, 64), num_slots=2)
     store = Watched(NullTier("disk"))
@@ -326,6 +328,7 @@ def test_an_executor_that_a_reader_thread_collects_ends_too() -> None:
 
 
 def test_many_short_lives_leave_nothing() -> None:
+    gc.collect()  # what earlier tests have forgotten could go meanwhile
     before = threading.active_count()
     for number in range(40):
         with watched(num_slots=2 + number % 3) as (executor, _):

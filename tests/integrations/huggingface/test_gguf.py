@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ import distorch
 from distorch.errors import DistorchError, FormatError, ModelError
 from distorch.integrations.resting import RestingWeight
 from tests.integrations.huggingface.make import CASES, INNER, NUM_LAYERS, WIDTH, write
+from tests.integrations.make import leaving_nothing_open
 
 ALLOCATIONS = ["cpu,*", "cpu,50%;disk,50%", "cpu,0b;disk,*"]
 GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length")
@@ -139,10 +141,6 @@ def test_a_ring_smaller_than_the_head_splits_it_by_rows(folder: Path) -> None:
     distorch.handle_of(model).remove()
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def change_architecture(content: dict[str, Any]) -> None:
     content["architecture"] = "rwkv6"
 
@@ -188,12 +186,10 @@ def test_a_file_that_cannot_be_loaded_says_why_before_anything_runs(
     change: Callable[[dict[str, Any]], None], says: str, line: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "bad.gguf", CASES["llama"], change)
-    files = open_files()
-    with pytest.raises(DistorchError, match=says) as caught:
+    with leaving_nothing_open(), pytest.raises(DistorchError, match=says) as caught:
         distorch.load(tmp_path / "bad.gguf", line)
     assert caught.value.exit_code == 2
     assert caught.value.hint
-    assert open_files() == files
 
 
 def test_umt5_is_told_by_its_layers_and_not_by_its_name(tmp_path: Path) -> None:
@@ -270,30 +266,23 @@ def test_a_damaged_number_of_layers_does_not_build_them_all(tmp_path: Path) -> N
 
 def test_a_bad_line_is_told_and_leaves_no_file_open(folder: Path) -> None:
     path, _ = written("llama", folder)
-    files = open_files()
     for line in ("cpu,2gbb", "cuda:7,*", "cpu,0b;disk:/nowhere/at/all,*"):
-        with pytest.raises(DistorchError):
+        with leaving_nothing_open(), pytest.raises(DistorchError):
             distorch.load(path, line)
-    assert open_files() == files
 
 
 def test_a_removed_and_a_forgotten_model_leave_no_file_and_no_thread(folder: Path) -> None:
-    import gc
-    import threading
-
     path, _ = written("llama", folder)
     ids = torch.tensor([[3, 4]])
-    gc.collect()
-    files, threads = open_files(), threading.active_count()
     for is_removed in (True, False):
-        model = distorch.load(path, "cpu,0b;disk,*")
-        with torch.inference_mode():
-            model(ids)
-        if is_removed:
-            distorch.handle_of(model).remove()
-        del model
-        gc.collect()
-        assert (open_files(), threading.active_count()) == (files, threads)
+        with leaving_nothing_open():
+            model = distorch.load(path, "cpu,0b;disk,*")
+            with torch.inference_mode():
+                model(ids)
+            if is_removed:
+                distorch.handle_of(model).remove()
+            del model
+            gc.collect()
 
 
 def test_loading_reads_each_byte_once_and_leaves_the_file_alone(folder: Path) -> None:
