@@ -23,6 +23,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "StorageError",
+    "is_out_of_memory",
 ]
 
 
@@ -97,3 +98,15 @@ class ExecutorError(DistorchError, RuntimeError):
     """The machinery failed while a model was running: a reader thread, a closed handle."""
 
     exit_code = 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch says that memory is full.
+
+    torch has a type for it on accelerators, but for the CPU only a text.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
+    (True, False)
+    """
+    kind = type(error).__name__
+    return kind in {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import typer
 from typer.core import TyperCommand
 
-from distorch.errors import AllocationError, DistorchError, StorageError
+from distorch.errors import AllocationError, DistorchError, StorageError, is_out_of_memory
 
 __all__ = ["Command"]
 
@@ -54,7 +54,7 @@ def _translated(error: BaseException) -> DistorchError | None:
     """Say in our words what the user can change; None for the rest."""
     if isinstance(error, DistorchError):
         return error
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return AllocationError(
             f"out of memory: {_one_line(error)}",
             hint='a smaller amount for the compute device: --allocation "cpu,64mb;disk,*"',
@@ -66,12 +66,6 @@ def _translated(error: BaseException) -> DistorchError | None:
             hint="check the file's permissions and the room on its disk",
         )
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch has a type for this on accelerators, but for the CPU only a text.
-    kind = type(error).__name__
-    return kind in {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error)
 
 
 def _last_words(error: BaseException) -> str:

@@ -14,7 +14,9 @@ from distorch.convert import convert
 from distorch.errors import ModelError
 from distorch.integrations.diffusers.asked import Picture
 from distorch.integrations.diffusers.drawing import draw
+from distorch.run import readers
 from examples import tiny
+from tests.integrations.huggingface.make import CASES, write
 
 
 @pytest.fixture
@@ -106,6 +108,54 @@ def test_a_file_for_another_family_is_named(component: str, tmp_path: Path) -> N
     said = _refused(tiny.pipeline("flux"), files={component: tmp_path / "wan.gguf"})
     assert f"the pipeline's {component} is a " in said
     assert "holds a WanTransformer3DModel" in said
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_a_language_model_of_another_family_is_named(component: str, tmp_path: Path) -> None:
+    write(tmp_path / "llama.gguf", CASES["llama"])
+    said = _refused(tiny.pipeline("flux"), files={component: tmp_path / "llama.gguf"})
+    assert f"the pipeline's {component} is a " in said
+    assert "holds a LlamaForCausalLM" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "entries"),
+    [
+        ("transformer/config.json", {"axes_dims_rope": [2, 4, 4]}),
+        ("scheduler/scheduler_config.json", {"base_shift": None, "use_dynamic_shifting": True}),
+        ("vae/config.json", {"scaling_factor": "large"}),
+        ("vae/config.json", {"shift_factor": None}),
+    ],
+)
+def test_settings_that_only_show_when_it_draws_are_no_fault_of_ours(
+    file: str, entries: dict[str, Any], folder: Path
+) -> None:
+    _change(folder / file, **entries)
+    pipe = distorch.load(folder, "cpu,8mb;disk,*")
+    with pytest.raises(ModelError, match="this FluxPipeline does not fit the others: ") as caught:
+        draw(pipe, Picture(prompt=tiny.PROMPT, size=(32, 32), steps=1), lambda *_: None)
+    assert "same model" in caught.value.hint
+    distorch.handle_of(pipe).remove()
+
+
+def test_a_fault_of_ours_and_a_full_memory_stay_what_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = distorch.load(folder, "cpu,8mb;disk,*")
+    picture = Picture(prompt=tiny.PROMPT, size=(32, 32), steps=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(readers, "_NUM_READERS", "two")
+        with pytest.raises(TypeError, match="as an integer"):
+            draw(pipe, picture, lambda *_: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pipe.vae), "decode", full)
+        with pytest.raises(MemoryError):
+            draw(pipe, picture, lambda *_: None)
+    distorch.handle_of(pipe).remove()
 
 
 @pytest.mark.parametrize(

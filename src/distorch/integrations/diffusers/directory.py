@@ -12,6 +12,7 @@ import diffusers
 import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import PreTrainedModel
 
 from distorch.errors import ModelError
 
@@ -92,21 +93,27 @@ def needed_by(pipeline_class: type[DiffusionPipeline]) -> list[str]:
 
 
 def _check_class(name: str, model: nn.Module, entry: tuple[str, str] | None) -> None:
-    """Refuse a model of another family.
-
-    Of transformers' models one with a head may stand for one without, and the like.
-    """
+    """Refuse a model of another family."""
     if entry is None or entry[1].startswith("AutoModel"):
         return
     wanted = _class_of(*entry)
-    transformer = transformers.PreTrainedModel
-    one_of = transformer if issubclass(wanted, transformer) else wanted
-    if not isinstance(model, one_of):
+    if not isinstance(model, wanted) and not _are_kin(type(model), wanted):
         raise ModelError(
             f"the pipeline's {name} is a {entry[1]}, and the file for it holds a "
             f"{type(model).__name__}",
             hint="a file of the pipeline's own family",
         )
+
+
+def _are_kin(one: type, other: type) -> bool:
+    """Whether two of transformers' models are of one family.
+
+    One with a head may stand for one without, and a text model for one that sees as well.
+    """
+    if not issubclass(one, PreTrainedModel) or not issubclass(other, PreTrainedModel):
+        return False
+    kinds = [getattr(each.config_class, "model_type", "") for each in (one, other)]
+    return kinds[0].startswith(kinds[1]) or kinds[1].startswith(kinds[0])
 
 
 def _class(index: Mapping[str, Any], path: Path) -> type[DiffusionPipeline]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from diffusers.utils.export_utils import export_to_video
 from PIL import Image, UnidentifiedImageError
 
-from distorch.errors import ModelError, StorageError
+from distorch.errors import DistorchError, ModelError, StorageError, is_out_of_memory
 from distorch.integrations.diffusers.asked import Picture
 from distorch.integrations.diffusers.directory import needed_by
 from distorch.integrations.diffusers.preview import Preview
@@ -22,6 +23,7 @@ OnStep = Callable[[int, int], None]
 """Called after each step, with the steps done and the steps in all."""
 
 _FRAMES_PER_SECOND = 16
+_SHOWN_CHARACTERS = 300  # of what a library says
 _MOST_PIXELS = 99_999  # of a side, as ``--size`` reads it
 _OPTIONS = {  # of the command line, by what they are called with
     "prompt": "--prompt",
@@ -73,7 +75,7 @@ def draw(
     Where the latents stand is shown in the file ``preview`` meanwhile.
 
     Raises:
-        ModelError: the pipeline refuses what is asked.
+        ModelError: the pipeline refuses what is asked, or its components do not fit each other.
     """
     _check_whole(pipe)
     call = call_of(pipe, asked)
@@ -92,10 +94,20 @@ def draw(
         call["callback_on_step_end"] = stepped
     try:
         made = pipe(**call, output_type="pil")
+    except DistorchError:
+        raise
     except ValueError as error:
         raise ModelError(
             f"{type(pipe).__name__} refuses this: {error}",
             hint='--size 1024x1024 --steps 20, or what "distorch run --help" shows',
+        ) from error
+    except Exception as error:
+        if is_out_of_memory(error) or _is_ours(error):
+            raise
+        said = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
+        raise ModelError(
+            f"a component or setting of this {type(pipe).__name__} does not fit the others: {said}",
+            hint="all folders and files of the same model; DISTORCH_DEBUG=1 shows where it failed",
         ) from error
     return list(made.frames[0]) if "frames" in made else [made.images[0]]
 
@@ -120,6 +132,12 @@ def save(frames: list[Image.Image], path: Path) -> list[Path]:
     for frame, name in zip(frames, paths, strict=True):
         frame.save(name)
     return paths
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it, and not what the libraries do with the model."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("distorch.")
 
 
 def _check_whole(pipe: Any) -> None:
