@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,20 @@ def test_a_read_that_fails_is_raised_where_the_block_is_needed_and_the_next_pass
     handle.remove()
     with torch.inference_mode():
         assert equal(module(x), expected)
+
+
+@pytest.mark.parametrize("wanted", ALLOCATIONS)
+def test_what_moves_in_inference_mode_can_be_trained_after(
+    wanted: dict[str, Any], machine: Machine
+) -> None:
+    module = Own()
+    with torch.inference_mode():
+        handle = distorch.distribute(module, "cpu,50%;disk,*", machine=machine)
+        handle.rebudget(machine=machine, **wanted)
+        handle.remove()
+    assert not any(each.is_inference() for each in module.parameters())
+    module(torch.randn(2, 32)).sum().backward()
+    assert any(each.grad is not None for each in module.parameters())
 
 
 def test_rebudget_moves_the_weights_and_keeps_the_bits(machine: Machine) -> None:

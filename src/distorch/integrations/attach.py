@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from distorch.allocation import Allocation
@@ -208,6 +209,7 @@ class Handle:
         if self._source is not None:
             self._source.close()
 
+    @torch.inference_mode(mode=False)  # parameters and buffers are for any mode
     def bind(self, request: Request, machine: Machine | None, progress: Progress | None) -> None:
         """Plan, fill the tiers, and put the hooks on."""
         plan = self.plan_as(request, machine)
@@ -296,6 +298,7 @@ class Handle:
             if name not in moved and str(weight.original.device) == plan.compute
         )
 
+    @torch.inference_mode(mode=False)
     def _take_off(self, *, restore: bool) -> None:
         executor, gone = self._running(), dict[str, Exception]()
         assert self._attachment is not None, "it comes with the executor"
