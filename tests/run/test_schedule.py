@@ -370,6 +370,15 @@ def test_a_block_of_no_order_is_served_and_the_prefetch_goes_on() -> None:
     assert set(readers.held) == {0, 1}
 
 
+def test_a_block_of_no_order_comes_as_soon_as_a_lease_ends() -> None:
+    readers = _Readers([0], 1)
+    assert readers.serve(0) is not None
+    assert readers.ask(1) is None
+    assert readers.fetch() == []
+    readers.release(0)
+    assert [fetch.block for fetch in readers.fetch()] == [1]
+
+
 def test_a_lease_of_a_block_that_lies_as_an_earlier_order_had_it_ends_like_any_other() -> None:
     readers = _Readers([3], 3, dict.fromkeys(range(NUM_BLOCKS), 1), SLOT_BYTES)
     readers.schedule.begin_step()
