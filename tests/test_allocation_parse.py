@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from distorch.allocation import Allocation, Entry
 from distorch.errors import AllocationError
 from tests.strategies import allocations, lines
-from tests.timed import timed
 
 
 def failure(line: str) -> AllocationError:
@@ -224,7 +223,6 @@ def test_one_slip_in_a_right_line_is_still_read_or_refused(line: str, data: st.D
     reads_or_is_refused(line[:position] + slip + line[position + 1 :])
 
 
-@timed
 @pytest.mark.parametrize("piece", [";", ",", "9", "a,*;", "*", " ", "%", "a:-", "\N{SNOWMAN}"])
 def test_the_longest_lines_are_read_at_once(piece: str) -> None:
     start = time.perf_counter()

@@ -19,7 +19,6 @@ from distorch import probe as module
 from distorch.errors import StorageError
 from distorch.machine import Compute, Link, Machine, Tier
 from distorch.probe import Effort, median_seconds, probe
-from tests.timed import timed
 
 TINY = Effort(file_bytes=3 << 20, copy_bytes=1 << 20, rows=16, width=64, seconds=0.0)
 
@@ -69,7 +68,6 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
             probe(path, effort=TINY)
 
 
-@timed
 def test_the_first_run_of_a_job_is_not_counted() -> None:
     seconds = iter([0.2, *[0.001] * 50])
     assert median_seconds(lambda: time.sleep(next(seconds))) < 0.1

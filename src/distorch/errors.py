@@ -24,7 +24,11 @@ __all__ = [
     "ModelError",
     "StorageError",
     "is_out_of_memory",
+    "one_line",
 ]
+
+
+_SHOWN_CHARACTERS = 300  # of what a library says: it may print a whole model
 
 
 class DistorchError(Exception):
@@ -110,3 +114,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     kind = type(error).__name__
     return kind in {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error)
+
+
+def one_line(error: BaseException) -> str:
+    r"""Return what an error says, in one short line; its type if it says nothing.
+
+    >>> one_line(RuntimeError("shapes\n  differ")), one_line(MemoryError())
+    ('shapes differ', 'MemoryError')
+    """
+    return " ".join(str(error).split())[:_SHOWN_CHARACTERS] or type(error).__name__

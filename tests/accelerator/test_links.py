@@ -10,7 +10,6 @@ import torch
 from distorch import vgpu
 from distorch.vgpu import Span
 from tests.accelerator.make import distributed, examples, same
-from tests.timed import timed
 
 DEVICE, PEER = "vgpu:0", "vgpu:1"
 SPEED = 2e7  # bytes/s: seven milliseconds a block, about
@@ -31,7 +30,6 @@ def seconds_together(one: list[Span], other: list[Span]) -> float:
     return sum(max(0.0, min(a.end, b.end) - max(a.begin, b.begin)) for a in one for b in other)
 
 
-@timed
 @pytest.mark.parametrize("bus", [None, 2 * SPEED], ids=["two buses", "one bus"])
 @pytest.mark.parametrize("line", ["cpu and peer", "two peers"])
 def test_two_donors_deliver_at_the_same_time(line: str, bus: float | None) -> None:
@@ -74,7 +72,6 @@ def test_a_step_moves_each_streamed_block_once_from_where_it_rests(line: str) ->
     handle.remove()
 
 
-@timed
 def test_a_donor_copies_beside_what_it_computes_itself() -> None:
     """On a stream of its own: a copy does not wait for what the donor was asked before."""
     module, handle = distributed("bf16", LINES["cpu and peer"], compute=DEVICE)

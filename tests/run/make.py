@@ -138,7 +138,7 @@ def watched(num: int = 6, *, num_slots: int = 2) -> Iterator[tuple[Executor, Wat
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS / 10
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.002)
     return condition()

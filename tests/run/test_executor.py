@@ -304,7 +304,7 @@ FORGOTTEN_IN_A_READER = """
     executor.itself = executor  # a model, its hooks and its executor are such a circle
     del executor
     forgotten.set()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 5
     while any(t.is_alive() for t in threads) and time.monotonic() < deadline:
         time.sleep(0.01)
     alive = [t.name for t in threads if t.is_alive()]

@@ -11,7 +11,6 @@ import torch
 from distorch import vgpu
 from distorch.errors import MachineError
 from distorch.vgpu import LinkCounters, Span
-from tests.timed import timed
 
 pytestmark = pytest.mark.vgpu
 
@@ -68,7 +67,6 @@ def test_operators_move_no_bytes_between_memories() -> None:
     assert vgpu.counters().links == {}
 
 
-@timed
 def test_a_link_takes_its_time_and_only_that_way() -> None:
     vgpu.set_link("cpu", "vgpu:0", MIB / 0.02)
     (span,) = bring([(pinned(), on("vgpu:0"))])
@@ -78,7 +76,6 @@ def test_a_link_takes_its_time_and_only_that_way() -> None:
     assert copies(spans)[0].seconds < 0.01
 
 
-@timed
 def test_a_links_speed_is_shared_by_its_streams() -> None:
     vgpu.set_link("cpu", "vgpu:0", MIB / 0.04)
     spans = bring([(pinned(), on("vgpu:0")), (pinned(), on("vgpu:0"))])
@@ -86,7 +83,6 @@ def test_a_links_speed_is_shared_by_its_streams() -> None:
     assert min(span.seconds for span in spans) > 0.06  # both at once, half as fast
 
 
-@timed
 @pytest.mark.parametrize(("bus", "slower"), [(None, 1), ("shared", 2)])
 def test_two_devices_share_a_bus_or_do_not(bus: str | None, slower: int) -> None:
     for index in (0, 1):
@@ -97,7 +93,6 @@ def test_two_devices_share_a_bus_or_do_not(bus: str | None, slower: int) -> None
     assert min(span.seconds for span in spans) > 0.03 * slower  # both at once
 
 
-@timed
 def test_a_bus_gives_the_fast_what_the_slow_cannot_use() -> None:
     """A quarter of the bus is all that one link can take: the other gets three quarters."""
     vgpu.set_link("cpu", "vgpu:0", MIB / 0.2, "shared")
@@ -110,7 +105,6 @@ def test_a_bus_gives_the_fast_what_the_slow_cannot_use() -> None:
     assert 0.9 < fast.seconds / (0.05 * 4 / 3) < 1.4  # by halves it would take 0.1
 
 
-@timed
 def test_who_comes_later_shares_the_rest() -> None:
     """The first has the bus alone for a while, then half of it; the bus is never idle."""
     for index in (0, 1):

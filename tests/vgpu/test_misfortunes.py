@@ -84,7 +84,7 @@ def test_a_device_that_is_lost_on_the_way_lets_nobody_wait() -> None:
     thread.start()
     time.sleep(0.05)
     vgpu.lose(1)
-    thread.join(timeout=30)
+    thread.join(timeout=5)
     assert not thread.is_alive()
     assert "vgpu:1 is lost" in str(found[0])
 

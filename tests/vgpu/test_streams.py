@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from distorch import vgpu
-from tests.timed import timed
 
-pytestmark = [pytest.mark.vgpu, timed]  # what has not happened yet, and what has
+pytestmark = pytest.mark.vgpu
 
 DEVICE = "vgpu:0"
 MIB = 2**20

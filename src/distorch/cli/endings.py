@@ -16,13 +16,18 @@ from typing import Any, Final
 import typer
 from typer.core import TyperCommand
 
-from distorch.errors import AllocationError, DistorchError, StorageError, is_out_of_memory
+from distorch.errors import (
+    AllocationError,
+    DistorchError,
+    StorageError,
+    is_out_of_memory,
+    one_line,
+)
 
 __all__ = ["Command"]
 
 _FAULT: Final = 1
 _INTERRUPTED: Final = 130
-_SHOWN_CHARACTERS: Final = 300
 
 
 class Command(TyperCommand):
@@ -56,13 +61,13 @@ def _translated(error: BaseException) -> DistorchError | None:
         return error
     if is_out_of_memory(error):
         return AllocationError(
-            f"out of memory: {_one_line(error)}",
+            f"out of memory: {one_line(error)}",
             hint='a smaller amount for the compute device: --allocation "cpu,64mb;disk,*"',
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return StorageError(
-            f"{where}{error.strerror or _one_line(error)}",
+            f"{where}{error.strerror or one_line(error)}",
             hint="check the file's permissions and the room on its disk",
         )
     return None
@@ -72,7 +77,7 @@ def _last_words(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return (
-        f"{type(error).__name__}: {_one_line(error)}\n"
+        f"{type(error).__name__}: {one_line(error)}\n"
         "  this is a fault of DisTorch, not yours: please report it with the traceback that the "
         "same command shows under DISTORCH_DEBUG=1"
     )
@@ -80,7 +85,3 @@ def _last_words(error: BaseException) -> str:
 
 def _code(error: BaseException) -> int:
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _FAULT
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_SHOWN_CHARACTERS] or type(error).__name__

@@ -192,12 +192,12 @@ class Schedule:
         """Give places to what is wanted and has none, as far as there is room."""
         rank = {block: place for place, block in enumerate(self._wanted())}
         for block in rank:
-            if block not in self._held and not self._seated(block, rank):
+            if block not in self._held and not self._give_place(block, rank):
                 return
         self._is_settled = self._urgent is None
 
-    def _seated(self, block: int, rank: Mapping[int, int]) -> bool:
-        """Give a block its place, beside its neighbours or in a slot that can be given up."""
+    def _give_place(self, block: int, rank: Mapping[int, int]) -> bool:
+        """Give a block a place, beside its neighbours or in a slot that can be given up, if any."""
         seat = self._seats.get(block)
         slot = self._slot_of(seat)
         renews = slot is None

@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,7 @@ def test_a_damaged_number_of_layers_does_not_build_them_all(tmp_path: Path) -> N
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=25,
         check=False,
     )
     assert ended.stdout.startswith("refused:"), ended.stderr[-1000:]
@@ -274,6 +275,7 @@ def test_a_bad_line_is_told_and_leaves_no_file_open(folder: Path) -> None:
 def test_a_removed_and_a_forgotten_model_leave_no_file_and_no_thread(folder: Path) -> None:
     path, _ = written("llama", folder)
     ids = torch.tensor([[3, 4]])
+    threads = threading.active_count()
     for is_removed in (True, False):
         with leaving_nothing_open():
             model = distorch.load(path, "cpu,0b;disk,*")
@@ -283,6 +285,7 @@ def test_a_removed_and_a_forgotten_model_leave_no_file_and_no_thread(folder: Pat
                 distorch.handle_of(model).remove()
             del model
             gc.collect()
+            assert threading.active_count() == threads
 
 
 def test_loading_reads_each_byte_once_and_leaves_the_file_alone(folder: Path) -> None:

@@ -14,12 +14,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
-from distorch.errors import ModelError
+from distorch.errors import ModelError, one_line
 
 __all__ = ["assemble", "models_in", "needed_by"]
 
 _WEIGHTS = {".safetensors", ".gguf"}
-_SHOWN_CHARACTERS = 300  # of what diffusers says: it may print a whole model
 
 
 def models_in(path: Path, elsewhere: Collection[str] = ()) -> list[str]:
@@ -75,9 +74,8 @@ def assemble(path: Path, models: Mapping[str, nn.Module]) -> Any:
     try:
         return make(path, local_files_only=True, use_safetensors=True, **given)
     except Exception as error:
-        said = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
         raise ModelError(
-            f"diffusers cannot make a pipeline of {path}: {said or type(error).__name__}",
+            f"diffusers cannot make a pipeline of {path}: {one_line(error)}",
             hint="the directory as it was saved: each component in a folder of its own",
         ) from error
 

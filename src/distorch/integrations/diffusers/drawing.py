@@ -12,7 +12,7 @@ import torch
 from diffusers.utils.export_utils import export_to_video
 from PIL import Image, UnidentifiedImageError
 
-from distorch.errors import DistorchError, ModelError, StorageError, is_out_of_memory
+from distorch.errors import DistorchError, ModelError, StorageError, is_out_of_memory, one_line
 from distorch.integrations.diffusers.asked import Picture
 from distorch.integrations.diffusers.directory import needed_by
 from distorch.integrations.diffusers.preview import Preview
@@ -23,7 +23,6 @@ OnStep = Callable[[int, int], None]
 """Called after each step, with the steps done and the steps in all."""
 
 _FRAMES_PER_SECOND = 16
-_SHOWN_CHARACTERS = 300  # of what a library says
 _MOST_PIXELS = 99_999  # of a side, as ``--size`` reads it
 _OPTIONS = {  # of the command line, by what they are called with
     "prompt": "--prompt",
@@ -104,9 +103,9 @@ def draw(
     except Exception as error:
         if is_out_of_memory(error) or _is_ours(error):
             raise
-        said = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
         raise ModelError(
-            f"a component or setting of this {type(pipe).__name__} does not fit the others: {said}",
+            f"a component or setting of this {type(pipe).__name__} does not fit the others: "
+            f"{one_line(error)}",
             hint="all folders and files of the same model; DISTORCH_DEBUG=1 shows where it failed",
         ) from error
     return list(made.frames[0]) if "frames" in made else [made.images[0]]
@@ -135,9 +134,11 @@ def save(frames: list[Image.Image], path: Path) -> list[Path]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it, and not what the libraries do with the model."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).startswith("distorch.")
+    """Whether our own code has a part in it, below the pipeline's: then it may be our fault."""
+    names = [
+        str(frame.f_globals["__name__"]) for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return any(name.startswith("distorch.") for name in names[1:])  # the first is `draw`
 
 
 def _check_whole(pipe: Any) -> None:
