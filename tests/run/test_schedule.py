@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
@@ -65,8 +66,8 @@ class _Readers:
     def bytes_of(self, block: int, place: Place) -> range:
         return range(place.begin, place.begin + self.sizes.get(block, self.slot_bytes))
 
-    def fetch(self) -> list[Fetch]:
-        fetches = [*iter(self.schedule.next_fetch, None)]
+    def fetch(self, most: int | None = None) -> list[Fetch]:
+        fetches = [*islice(iter(self.schedule.next_fetch, None), most)]
         for fetch in fetches:
             here = self.held | self.loading
             assert fetch.block not in here, "what is here or on its way is fetched again"
@@ -154,6 +155,7 @@ def rests_rightly(schedule: Schedule) -> bool:
     """Whether one that says there is nothing to do finds nothing either when it looks."""
     wide_awake = copy.deepcopy(schedule)
     wide_awake._is_settled = False
+    wide_awake._fetches.clear()
     return not schedule._is_settled or wide_awake.next_fetch() is None
 
 
@@ -165,6 +167,10 @@ class ScheduleMachine(RuleBasedStateMachine):
     @initialize(order=ORDERS, num_slots=st.integers(1, 5), sizes=SIZES)
     def begin(self, order: list[int], num_slots: int, sizes: dict[int, int]) -> None:
         self.readers = _Readers(order, num_slots, sizes, SLOT_BYTES)
+
+    @rule()
+    def an_interrupt_comes_after_one_instruction(self) -> None:
+        self.readers.fetch(1)
 
     @rule()
     def a_reader_asks_for_work(self) -> None:
@@ -226,7 +232,9 @@ class ScheduleMachine(RuleBasedStateMachine):
         if not hasattr(self, "readers"):
             return
         schedule = self.readers.schedule
-        assert schedule.here == set(self.readers.held)
+        renewed = {fetch.place.slot for fetch in schedule._fetches if fetch.renews}
+        held = {block for block, at in self.readers.held.items() if at.slot not in renewed}
+        assert schedule.here == held
         full = len(self.readers.leased_slots) == self.readers.num_slots
         waits = schedule.urgent is not None and schedule.urgent not in self.readers.held
         if not self.readers.sizes:
